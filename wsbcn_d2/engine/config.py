@@ -1,0 +1,175 @@
+"""Reading a config and refusing, before anything is written, what cannot work.
+
+Every refusal is a :class:`UsageError` whose message is one line: the culprit and the mend.
+"""
+
+import difflib
+import os
+from collections.abc import Iterable
+from urllib.parse import urlparse
+
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+
+from ..config import get_cfg
+from .hooks import UpdateRateSchedule
+
+__all__ = ["UsageError", "check_config", "check_datasets", "load_config"]
+
+_NORM_KEYS = (
+    "MODEL.RESNETS.NORM",
+    "MODEL.FPN.NORM",
+    "MODEL.ROI_BOX_HEAD.NORM",
+    "MODEL.ROI_MASK_HEAD.NORM",
+)
+
+
+class UsageError(ValueError):
+    """Wrong input by the user; the message is one line that names the culprit and the mend."""
+
+
+def _one_line(error: BaseException) -> str:
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(text).split()) or type(error).__name__
+
+
+def load_config(config_file: str, opts: Iterable[str] = ()) -> CfgNode:
+    """Read a YAML config over this project's defaults.
+
+    Without a CUDA device, ``MODEL.DEVICE`` becomes ``cpu``.
+
+    Args:
+        config_file: path of the YAML file.
+        opts: ``KEY VALUE KEY VALUE ...`` that override it.
+
+    Returns:
+        CfgNode: frozen.
+
+    Raises:
+        UsageError: for a missing file, broken YAML, an unknown key or a value of a wrong type.
+    """
+    if not config_file:
+        raise UsageError("no config given: say --config-file FILE")
+    if not PathManager.isfile(config_file):
+        raise UsageError(f"config file {config_file!r} not found: check --config-file")
+    cfg = get_cfg()
+    try:
+        cfg.merge_from_file(config_file)
+    except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
+        raise UsageError(f"config file {config_file!r}: {_one_line(error)}") from error
+    try:
+        cfg.merge_from_list(list(opts))
+    except (KeyError, ValueError, AssertionError) as error:
+        raise UsageError(
+            f"command-line override: {_one_line(error)}; overrides are KEY VALUE pairs of keys "
+            "that the config has"
+        ) from error
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.freeze()
+    return cfg
+
+
+def check_config(cfg: CfgNode, *, world_size: int = 1, eval_only: bool = False) -> None:
+    """Refuse a config that training or evaluation would stumble over.
+
+    Checked are datasets, weights, batch size, update rate, and that the model can be built
+    (names, norms, channels), which is tried on the meta device. Nothing is written.
+
+    Args:
+        cfg: the config.
+        world_size: number of processes.
+        eval_only: leave out what concerns training alone.
+
+    Raises:
+        UsageError: for the first thing found.
+    """
+    if not eval_only:
+        check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
+        _check_batch(cfg, world_size)
+    check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
+    _check_weights(cfg.MODEL.WEIGHTS)
+    try:
+        UpdateRateSchedule(cfg.MODEL.BCN.UPDATE_RATE, cfg.MODEL.BCN.UPDATE_RATE_SCHEDULE)
+    except ValueError as error:
+        raise UsageError(f"MODEL.BCN: {_one_line(error)}") from error
+    _check_model(cfg)
+
+
+def check_datasets(names: Iterable[str], key: str) -> None:
+    """Refuse unknown dataset names and registered datasets whose files are absent.
+
+    Args:
+        names: dataset names.
+        key: the config key they come from.
+
+    Raises:
+        UsageError: naming the dataset, where its files were looked for, and the mend.
+    """
+    for name in names:
+        if name not in DatasetCatalog.list():
+            close = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else "register it first"
+            raise UsageError(f"{key}: dataset {name!r} is not registered: {hint}")
+        metadata = MetadataCatalog.get(name)
+        if metadata.get("generator"):  # rendered on first use
+            continue
+        for field in ("json_file", "image_root"):
+            path = metadata.get(field)
+            if path and not PathManager.exists(path):
+                raise UsageError(
+                    f"{key}: dataset {name!r} is absent: {os.path.abspath(path)} not found; get "
+                    "the dataset and set DETECTRON2_DATASETS to the folder that holds it"
+                )
+
+
+def _check_batch(cfg: CfgNode, world_size: int) -> None:
+    images = cfg.SOLVER.IMS_PER_BATCH
+    if cfg.SOLVER.REFERENCE_WORLD_SIZE:
+        reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+        if images % reference:
+            raise UsageError(
+                f"SOLVER.IMS_PER_BATCH {images} cannot be split over SOLVER.REFERENCE_WORLD_SIZE "
+                f"{reference} processes: make it a multiple"
+            )
+        images = images // reference * world_size
+    if images < 1 or images % world_size:
+        raise UsageError(
+            f"SOLVER.IMS_PER_BATCH {images} cannot be split over {world_size} processes: make "
+            f"it a positive multiple of {world_size}"
+        )
+
+
+def _check_weights(weights: str) -> None:
+    path = urlparse(weights)._replace(query="").geturl()
+    if not path or "://" in path:  # nothing to load, or resolved and checked on loading
+        return
+    if not PathManager.isfile(path):
+        raise UsageError(
+            f"MODEL.WEIGHTS {path!r} not found: give the path of a checkpoint, or '' to train "
+            "from scratch"
+        )
+
+
+def _check_model(cfg: CfgNode) -> None:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "meta"
+    try:
+        with torch.device("meta"):
+            build_model(cfg)
+    except (KeyError, ValueError, AssertionError, AttributeError) as error:
+        norms = []
+        for key in _NORM_KEYS:
+            node = cfg
+            for part in key.split("."):
+                node = node[part]
+            norms.append(f"{key}={node!r}")
+        raise UsageError(
+            f"the model cannot be built: {_one_line(error)} (with {', '.join(norms)}, "
+            f"MODEL.FPN.OUT_CHANNELS={cfg.MODEL.FPN.OUT_CHANNELS})"
+        ) from error

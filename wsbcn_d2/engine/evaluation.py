@@ -1,0 +1,76 @@
+"""The evaluator of a dataset, by its ``evaluator_type``."""
+
+import os
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+
+__all__ = ["build_evaluator"]
+
+
+def _coco_evaluator(name: str, folder: str) -> DatasetEvaluator:
+    return COCOEvaluator(name, output_dir=folder, use_fast_impl=has_compiled_ops())
+
+
+# evaluator_type -> factories (dataset name, output folder) -> evaluator
+_EVALUATORS = {
+    "coco": [_coco_evaluator],
+    "sem_seg": [lambda name, folder: SemSegEvaluator(name, output_dir=folder)],
+    "coco_panoptic_seg": [
+        lambda name, folder: SemSegEvaluator(name, output_dir=folder),
+        _coco_evaluator,
+        lambda name, folder: COCOPanopticEvaluator(name, folder),
+    ],
+    "cityscapes_instance": [lambda name, folder: CityscapesInstanceEvaluator(name)],
+    "cityscapes_sem_seg": [lambda name, folder: CityscapesSemSegEvaluator(name)],
+    "pascal_voc": [lambda name, folder: PascalVOCDetectionEvaluator(name)],
+    "lvis": [lambda name, folder: LVISEvaluator(name, output_dir=folder)],
+}
+
+
+def has_compiled_ops() -> bool:
+    """Whether Detectron2's C++ operators (and so its fast COCO evaluation) are there."""
+    try:
+        from detectron2 import _C
+    except ImportError:
+        return False
+    # The pure-Python build has a module of that name that explains what is missing.
+    return not getattr(_C, "__file__", ".py").endswith(".py")
+
+
+def build_evaluator(
+    cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+) -> DatasetEvaluator:
+    """The evaluator(s) that Detectron2's ``tools/train_net.py`` uses for a dataset.
+
+    Args:
+        cfg: for ``OUTPUT_DIR``.
+        dataset_name: a registered dataset.
+        output_folder: where results are written; default ``OUTPUT_DIR/inference``.
+
+    Returns:
+        DatasetEvaluator.
+
+    Raises:
+        ValueError: if no evaluator is known for the dataset's ``evaluator_type``.
+    """
+    folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind not in _EVALUATORS:
+        raise ValueError(
+            f"dataset {dataset_name!r} has the evaluator_type {kind!r}: set its metadata to one "
+            f"of {', '.join(_EVALUATORS)}"
+        )
+    evaluators = [factory(dataset_name, folder) for factory in _EVALUATORS[kind]]
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)

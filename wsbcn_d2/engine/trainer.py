@@ -1,0 +1,75 @@
+"""Detectron2's ``DefaultTrainer`` with this project's hooks and evaluators."""
+
+import contextlib
+import functools
+import logging
+import os
+from collections import OrderedDict
+from unittest import mock
+
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import GeneralizedRCNNWithTTA
+
+from .evaluation import build_evaluator
+from .hooks import EstimateSync, UpdateRateSchedule
+
+__all__ = ["Trainer"]
+
+
+def _ddp_for(device: str):
+    """Context in which DefaultTrainer's DDP takes a CPU model: it passes a GPU index always."""
+    if device != "cpu":
+        return contextlib.nullcontext()
+    create = functools.partial(defaults.create_ddp_model, device_ids=None)
+    return mock.patch.object(defaults, "create_ddp_model", create)
+
+
+class Trainer(DefaultTrainer):
+    """``DefaultTrainer`` plus update-rate schedule, estimate sync and dataset evaluators."""
+
+    def __init__(self, cfg: CfgNode):
+        """
+        Args:
+            cfg: a config with the keys of :func:`wsbcn_d2.add_wsbcn_config`.
+        """
+        with _ddp_for(cfg.MODEL.DEVICE):
+            super().__init__(cfg)
+
+    def build_hooks(self) -> list[HookBase]:
+        """Detectron2's hooks, and this project's right after the learning-rate scheduler.
+
+        There the synchronized estimates come before PreciseBN, checkpoints and evaluation.
+        """
+        ours: list[HookBase] = [
+            UpdateRateSchedule(
+                self.cfg.MODEL.BCN.UPDATE_RATE, self.cfg.MODEL.BCN.UPDATE_RATE_SCHEDULE
+            )
+        ]
+        if self.cfg.MODEL.BCN.SYNC_ESTIMATES:
+            ours.append(EstimateSync())
+        result = super().build_hooks()
+        after = next(i for i, hook in enumerate(result) if isinstance(hook, hooks.LRScheduler))
+        result[after + 1 : after + 1] = ours
+        return result
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
+        """See :func:`wsbcn_d2.engine.build_evaluator`."""
+        return build_evaluator(cfg, dataset_name, output_folder)
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model) -> OrderedDict:
+        """Evaluate with test-time augmentation (``TEST.AUG``); R-CNN models only.
+
+        Returns:
+            OrderedDict: results by task, each name with the suffix ``_TTA``.
+        """
+        logging.getLogger(__name__).info("Running inference with test-time augmentation")
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return OrderedDict((task + "_TTA", value) for task, value in results.items())

@@ -1,0 +1,20 @@
+"""Layers and the names by which configs ask for them."""
+
+from .batch_channel_norm import BatchChannelNorm2d, channel_norm
+from .estimated_batch_norm import EstimatedBatchNorm2d, set_update_rate, update_estimates
+from .norm import NORM_REGISTRY, register_norms, unregister_norms
+from .ws_conv import WS_FORMULAS, WSConv2d, standardize_weight
+
+__all__ = [
+    "NORM_REGISTRY",
+    "WS_FORMULAS",
+    "BatchChannelNorm2d",
+    "EstimatedBatchNorm2d",
+    "WSConv2d",
+    "channel_norm",
+    "register_norms",
+    "set_update_rate",
+    "standardize_weight",
+    "unregister_norms",
+    "update_estimates",
+]

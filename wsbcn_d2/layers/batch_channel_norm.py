@@ -1,0 +1,123 @@
+"""Batch-channel normalization (BCN): a batch norm followed by a channel (group) norm.
+
+Paper: arXiv 1903.10520v2, section 4. Released code: classes ``GN`` (``imagenet/models``) and
+``BCNorm`` (README) in https://github.com/joe-siyuan-qiao/Batch-Channel-Normalization.
+
+Deviations from the released code:
+  * The batch half is the attribute ``bn`` (released: ``pbn``), and the channel half's affine has
+    the shape (G,) (released: (1, G, 1)). It is one weight and bias per *group*, as there.
+  * The channel half is ``F.group_norm``, which takes an empty batch; the released reshape does not.
+"""
+
+import torch
+from detectron2.layers import NaiveSyncBatchNorm
+from torch import nn
+from torch.nn import functional as F
+
+from .estimated_batch_norm import EstimatedBatchNorm2d
+
+__all__ = ["BatchChannelNorm2d", "channel_norm"]
+
+
+def channel_norm(
+    x: torch.Tensor, num_groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """Group normalization with one weight and bias per group.
+
+    Args:
+        x: shape (N, C, H, W); N may be 0.
+        num_groups: G, a divisor of C.
+        weight, bias: shape (G,).
+        eps: added to the variance of each (sample, group).
+
+    Returns:
+        Tensor of the shape of ``x``.
+    """
+    per_group = x.shape[1] // num_groups
+    return F.group_norm(
+        x,
+        num_groups,
+        weight.repeat_interleave(per_group),
+        bias.repeat_interleave(per_group),
+        eps,
+    )
+
+
+def _sync_batch_norm(num_channels: int, eps: float) -> nn.Module:
+    # PyTorch's own layer trains on CUDA only. Detectron2's stands in for CPU ranks, in the mode
+    # that weighs ranks by their samples and so takes an empty one.
+    if torch.cuda.is_available():
+        return nn.SyncBatchNorm(num_channels, eps=eps)
+    return NaiveSyncBatchNorm(num_channels, eps=eps, stats_mode="N")
+
+
+class BatchChannelNorm2d(nn.GroupNorm):
+    """y = weight_g GN_g(bn(x)) + bias_g, where ``self.bn`` is a batch norm with its own affine.
+
+    The module *is* the channel half and *contains* the batch half, so that everything in
+    Detectron2 that goes by type does the right thing: WEIGHT_DECAY_NORM sees the parameters of
+    both, freezing turns only ``bn`` into a FrozenBatchNorm2d, and PreciseBN finds ``bn``.
+
+    State dict: ``weight, bias`` of shape (G,), ``bn.weight, bn.bias, bn.running_mean,
+    bn.running_var`` of shape (C,) and ``bn.num_batches_tracked``.
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        num_groups: int = 32,
+        eps: float = 1e-5,
+        statistics: str = "estimated",
+        update_rate: float = 0.01,
+    ):
+        """
+        Args:
+            num_channels: C, a positive multiple of ``num_groups``.
+            num_groups: G.
+            eps: stabilizer of both halves.
+            statistics: what the batch half normalizes with in training: ``"estimated"`` (running
+                estimates: the micro-batch form), ``"batch"`` (the batch's own moments) or
+                ``"sync"`` (those of the batches of all processes).
+            update_rate: rate in [0, 1] of the estimates; read by ``"estimated"`` alone.
+
+        Raises:
+            ValueError: for an argument out of its range.
+        """
+        if num_groups < 1 or num_channels < 1 or num_channels % num_groups:
+            raise ValueError(
+                f"BCN cannot split {num_channels} channels into {num_groups} groups: the number "
+                "of channels must be a positive multiple of the number of groups"
+            )
+        super().__init__(num_groups, num_channels, eps=eps, affine=False)
+        self.affine = True
+        self.weight = nn.Parameter(torch.ones(num_groups))
+        self.bias = nn.Parameter(torch.zeros(num_groups))
+        self.statistics = statistics
+        if statistics == "estimated":
+            self.bn = EstimatedBatchNorm2d(num_channels, eps=eps, momentum=update_rate)
+        elif statistics == "batch":
+            self.bn = nn.BatchNorm2d(num_channels, eps=eps)
+        elif statistics == "sync":
+            self.bn = _sync_batch_norm(num_channels, eps)
+        else:
+            raise ValueError(
+                f"unknown kind of BCN statistics {statistics!r}: use estimated, batch or sync"
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: shape (N, C, H, W); N may be 0.
+
+        Returns:
+            Tensor of shape (N, C, H, W).
+        """
+        if x.dim() != 4:
+            raise ValueError(f"BCN expects a (N, C, H, W) input, got shape {tuple(x.shape)}")
+        return channel_norm(self.bn(x), self.num_groups, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_channels}, num_groups={self.num_groups}, eps={self.eps:g}, "
+            f"statistics={self.statistics}"
+        )

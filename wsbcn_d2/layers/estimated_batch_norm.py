@@ -1,0 +1,164 @@
+"""Batch normalization by running estimates: the batch half of micro-batch BCN.
+
+Paper: arXiv 1903.10520v2, section 4 and Algorithm 1. Released code: class ``EstBN`` in
+https://github.com/joe-siyuan-qiao/Batch-Channel-Normalization (README).
+
+Deviations from the released code:
+  * The update rate is a Python float that starts at 0.01, not a buffer that starts at 0 (with
+    which the estimates never move) and is read with ``.item()`` in every forward.
+  * The first batch sets the estimates outright, instead of blending it into mean 0, variance 1.
+  * Empty, NaN and Inf batches, and a frozen affine, leave the estimates alone.
+  * Arithmetic and estimates are float32 whatever the type of the input.
+"""
+
+import torch
+from torch import nn
+
+__all__ = ["EstimatedBatchNorm2d", "set_update_rate", "update_estimates"]
+
+
+@torch.no_grad()
+def update_estimates(
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    num_batches: torch.Tensor,
+    batch_mean: torch.Tensor,
+    batch_var: torch.Tensor,
+    rate: float,
+) -> None:
+    """Move running estimates, in place, towards the moments of one batch.
+
+    With r the rate: mean += r (batch_mean - mean) and var += r (v - var), where v is the
+    batch's mean square around the *old* mean. The first batch (``num_batches`` 0) and a rate of
+    1 set the estimates outright, with v around the batch's own mean. A batch whose moments are
+    not all finite changes nothing and is not counted. There is no host synchronization.
+
+    Args:
+        mean, var: shape (C,), float32; updated.
+        num_batches: shape (), int64; updated.
+        batch_mean, batch_var: shape (C,): mean and biased variance (around ``batch_mean``).
+        rate: update rate r in [0, 1].
+    """
+    finite = (batch_mean.isfinite() & batch_var.isfinite()).all()
+    outright = num_batches == 0 if rate < 1 else torch.ones_like(finite)
+    delta = batch_mean - mean
+    step_mean = torch.where(outright, delta, rate * delta)
+    around_old_mean = batch_var + delta.square()
+    step_var = torch.where(outright, batch_var - var, rate * (around_old_mean - var))
+    mean.add_(torch.where(finite, step_mean, 0.0))
+    var.add_(torch.where(finite, step_var, 0.0))
+    num_batches.add_(finite)
+
+
+class EstimatedBatchNorm2d(nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` that normalizes with its running estimates in training too.
+
+    Training forward: the estimates take one step towards the batch's moments
+    (:func:`update_estimates`), then y = weight (x - mean) / sqrt(var + eps) + bias with the
+    updated estimates, which are constants to autograd. Evaluation is that of the parent.
+
+    ``momentum`` is the paper's update rate r. Being a BatchNorm2d, the layer is frozen by
+    ``FrozenBatchNorm2d.convert_frozen_batchnorm``, found by PreciseBN (whose momentum of 1 sets
+    the estimates to each batch's own moments) and weighed by ``SOLVER.WEIGHT_DECAY_NORM``.
+    """
+
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, momentum: float = 0.01, affine: bool = True
+    ):
+        """
+        Args:
+            num_features: channels C.
+            eps: added to the variance.
+            momentum: update rate r in [0, 1].
+            affine: whether to learn a weight and bias per channel. Setting ``requires_grad``
+                of the weight to False also stops the updates.
+
+        Raises:
+            ValueError: if a number is out of its range.
+        """
+        _check_rate(momentum)
+        if num_features < 1:
+            raise ValueError(f"a norm needs at least one channel, got num_features={num_features}")
+        super().__init__(num_features, eps=eps, momentum=momentum, affine=affine)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: shape (N, C, H, W); float32, float16 or bfloat16; may be empty.
+
+        Returns:
+            Tensor of the shape and dtype of ``x``.
+        """
+        if not self.training:
+            return super().forward(x)
+        self._check_input_dim(x)
+        if self._updates():
+            # A static shape check, not a device sync: an empty batch has no moments.
+            if x.numel() > 0:
+                self._update(x)
+        scale, shift = self.scale_shift()
+        y = x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+        return y.to(x.dtype)
+
+    def scale_shift(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The affine map that the current estimates amount to.
+
+        Returns:
+            (scale, shift), each of shape (C,): y = scale x + shift per channel.
+        """
+        scale = (self.running_var + self.eps).rsqrt()
+        # A clone, since autograd keeps the factor and a layer that is used again in the same
+        # step (shared heads) updates the buffer in place before the backward pass.
+        mean = self.running_mean.clone()
+        if not self.affine:
+            return scale, -mean * scale
+        scale = self.weight * scale
+        return scale, self.bias - mean * scale
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # Estimates saved without a count (a frozen batch norm's, a Caffe2 model's) are estimates
+        # all the same: with the count at 0 the first batch would overwrite them.
+        if prefix + "running_mean" in state_dict:
+            state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(1))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _updates(self) -> bool:
+        return self.momentum > 0 and not (self.affine and not self.weight.requires_grad)
+
+    @torch.no_grad()
+    def _update(self, x: torch.Tensor) -> None:
+        x = x.to(torch.promote_types(x.dtype, self.running_mean.dtype))
+        batch_var, batch_mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+        update_estimates(
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked,
+            batch_mean,
+            batch_var,
+            self.momentum,
+        )
+
+
+def _check_rate(rate: float) -> None:
+    if not (isinstance(rate, (int, float)) and 0.0 <= rate <= 1.0):
+        raise ValueError(f"the update rate must be a number in [0, 1], got {rate!r}")
+
+
+def set_update_rate(module: nn.Module, rate: float) -> nn.Module:
+    """Set the update rate of every :class:`EstimatedBatchNorm2d` within a module.
+
+    Args:
+        module: any module.
+        rate: update rate r in [0, 1].
+
+    Returns:
+        ``module``.
+
+    Raises:
+        ValueError: if the rate is out of range; then nothing has been set.
+    """
+    _check_rate(rate)
+    for child in module.modules():
+        if isinstance(child, EstimatedBatchNorm2d):
+            child.momentum = rate
+    return module

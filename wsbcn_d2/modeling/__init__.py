@@ -1,0 +1,19 @@
+"""Registered backbones and heads; importing this package registers them."""
+
+from .backbone import (
+    build_ws_resnet_backbone,
+    build_ws_resnet_fpn_backbone,
+    build_ws_retinanet_resnet_fpn_backbone,
+)
+from .build import standardize
+from .roi_heads import WSFastRCNNConvFCHead, WSMaskRCNNConvUpsampleHead, WSRes5ROIHeads
+
+__all__ = [
+    "WSFastRCNNConvFCHead",
+    "WSMaskRCNNConvUpsampleHead",
+    "WSRes5ROIHeads",
+    "build_ws_resnet_backbone",
+    "build_ws_resnet_fpn_backbone",
+    "build_ws_retinanet_resnet_fpn_backbone",
+    "standardize",
+]
