@@ -1,0 +1,29 @@
+"""Data sets that come with the package; importing this registers them and writes nothing."""
+
+from .shapes import (
+    GENERATOR_VERSION,
+    ShapesDataError,
+    ShapesSpec,
+    default_root,
+    ensure_shapes,
+    write_shapes,
+)
+from .shapes_outline import CLASSES
+from .shapes_register import register_shapes, register_shapes_split
+from .shapes_render import Instance, render_scene
+
+__all__ = [
+    "CLASSES",
+    "GENERATOR_VERSION",
+    "Instance",
+    "ShapesDataError",
+    "ShapesSpec",
+    "default_root",
+    "ensure_shapes",
+    "register_shapes",
+    "register_shapes_split",
+    "render_scene",
+    "write_shapes",
+]
+
+register_shapes()
