@@ -1,0 +1,20 @@
+"""The one error type of this subpackage."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used as asked; the message is one line with the mend in it."""
+
+
+def shortened(names, limit=4):
+    """Joins names for an error line, the first ``limit`` of them and a count of the rest.
+
+    Args:
+        names: iterable of str.
+        limit: how many to write out.
+
+    Returns:
+        str, for example ``"a, b and 12 more"``.
+    """
+    names = list(names)
+    text = ", ".join(str(name) for name in names[:limit])
+    return text if len(names) <= limit else f"{text} and {len(names) - limit} more"
