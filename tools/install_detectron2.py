@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 from detectron2_wheel import InstallError, last_error, make_wheel
 
@@ -98,6 +99,13 @@ def probe_git():
         raise InstallError(f"{REPO} cannot be reached: {last_error(done.stderr)}")
 
 
+def install_wheel(wheel, verbose=False):
+    """Installs the wheel in place of whatever Detectron2 there is, then its requirements."""
+    # In one go, --force-reinstall would reinstall the requirements as well.
+    pip("install", "--force-reinstall", "--no-deps", str(wheel), verbose=verbose)
+    pip("install", str(wheel), verbose=verbose)
+
+
 def install_git(verbose=False):
     """Compiles and installs the pinned official commit."""
     probe_git()
@@ -105,13 +113,10 @@ def install_git(verbose=False):
     # Its build imports torch, hence no isolation, and its model zoo needs pkg_resources, which
     # setuptools 82 dropped.
     pip("install", "setuptools>=64,<81", "wheel", "ninja", verbose=verbose)
-    target = f"git+{REPO}@{COMMIT}"
-    pip(
-        *("install", "--force-reinstall", "--no-deps", "--no-build-isolation", target),
-        verbose=verbose,
-        timeout=GIT_SECONDS,
-    )
-    pip("install", "--no-build-isolation", target, verbose=verbose, timeout=GIT_SECONDS)
+    with tempfile.TemporaryDirectory(prefix="detectron2-") as workdir:
+        build = ("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", workdir)
+        pip(*build, f"git+{REPO}@{COMMIT}", verbose=verbose, timeout=GIT_SECONDS)
+        install_wheel(next(Path(workdir).glob("detectron2-*.whl")), verbose)
     ok, reason = python("import torch; from detectron2 import _C; import detectron2.engine")
     if not ok:
         raise InstallError(f"the compiled Detectron2 does not work: {reason}")
@@ -121,10 +126,7 @@ def install_pure(verbose=False):
     """Makes and installs the pure-Python wheel of v0.6."""
     with tempfile.TemporaryDirectory(prefix="detectron2-") as workdir:
         print("making a pure-Python wheel of Detectron2 v0.6", flush=True)
-        wheel = str(make_wheel(workdir))
-        # The second call adds the requirements; --force-reinstall would reinstall those as well.
-        pip("install", "--force-reinstall", "--no-deps", wheel, verbose=verbose)
-        pip("install", wheel, verbose=verbose)
+        install_wheel(make_wheel(workdir), verbose)
 
 
 SOURCES = {"git": install_git, "pure": install_pure}

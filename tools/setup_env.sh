@@ -68,7 +68,7 @@ _setup_step() {
 }
 
 _setup_fill() {
-    local pip=("$_setup_venv/bin/python" -m pip install -q --disable-pip-version-check)
+    local pip=("$_setup_venv/bin/python" -m pip install -qq --disable-pip-version-check)
     local extras
     extras="[$(IFS=, && echo "${_setup_extras[*]}")]"
     # torch first, so that nothing later chooses another one.
