@@ -92,10 +92,9 @@ class EstimatedBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         self._check_input_dim(x)
-        if self._updates():
-            # A static shape check, not a device sync: an empty batch has no moments.
-            if x.numel() > 0:
-                self._update(x)
+        # numel() is a static shape check, not a device sync: an empty batch has no moments.
+        if x.numel() > 0 and self._updates():
+            self._update(x)
         scale, shift = self.scale_shift()
         y = x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
         return y.to(x.dtype)
