@@ -13,4 +13,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [ $# -eq 0 ]; then
     set -- --cov=wsbcn_d2 --cov-report=term-missing:skip-covered --cov-fail-under=95
 fi
+rm -f .cache/coverage*  # what a killed run left behind would count as covered
 exec "$ENV_PYTHON" -m pytest -q -n "${WSBCN_TEST_WORKERS:-2}" "$@"
