@@ -6,4 +6,3 @@ def error(got, want):
     assert got.shape == want.shape, (got.shape, want.shape)
     difference = (got.double() - want.double()).square().mean().sqrt()
     return float(difference / want.double().square().mean().sqrt())
-
