@@ -1,5 +1,6 @@
 """Pretrained checkpoints: convert, fetch, verify. See the functions' own documentation."""
 
+from .checkpointer import WSBCNCheckpointer
 from .convert import TARGETS, Options, convert, convert_file
 from .errors import CheckpointError
 from .formats import FORMATS, detect_format
@@ -8,6 +9,7 @@ from .metadata import METADATA_KEY, Metadata
 from .plain_bn import batch_norm_to_bcn
 from .reader import read_checkpoint
 from .report import ConversionReport
+from .verify import LoadExpectation
 from .writer import write_checkpoint
 
 __all__ = [
@@ -16,8 +18,10 @@ __all__ = [
     "TARGETS",
     "CheckpointError",
     "ConversionReport",
+    "LoadExpectation",
     "Metadata",
     "Options",
+    "WSBCNCheckpointer",
     "batch_norm_to_bcn",
     "convert",
     "convert_file",

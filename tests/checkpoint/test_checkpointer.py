@@ -1,0 +1,281 @@
+"""Loading is never silent: what is refused, what is warned about, what goes through."""
+
+import functools
+import logging
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from wsbcn_d2.checkpoint import (
+    CheckpointError,
+    LoadExpectation,
+    Metadata,
+    WSBCNCheckpointer,
+    write_checkpoint,
+)
+
+from . import ours
+from . import source_models as src
+
+
+def small(norm="BCN", formula="unbiased", freeze_at=0):
+    """R-18-FPN without heads: quick to build."""
+    cfg = ours.config(18, norm=norm, formula=formula)
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at
+    return cfg
+
+
+def model(*args, **kwargs):
+    net = ours.Parts(small(*args, **kwargs), heads=False)
+    for value in net.state_dict().values():  # Parts leaves memory as it finds it
+        value.zero_()
+    return net
+
+
+@functools.lru_cache(4)
+def weights(norm="BCN"):
+    gen = torch.Generator().manual_seed(0)
+    return {
+        name: torch.rand(value.shape, generator=gen) if value.is_floating_point() else value + 7
+        for name, value in model(norm).state_dict().items()
+    }
+
+
+def backbone_only(norm="BCN"):
+    return {k.split("bottom_up.")[1]: v for k, v in weights(norm).items() if "bottom_up" in k}
+
+
+def meta(**changes):
+    return Metadata(**({"norm": "BCN", "ws_formula": "unbiased", "ws_eps": 1e-5} | changes))
+
+
+def save(path, state, metadata=None, **extra):
+    if metadata is None:
+        torch.save({"model": state, **extra}, path)
+    else:
+        write_checkpoint(str(path), state, metadata, **extra)
+    return str(path)
+
+
+def same(net, state, names=None):
+    own = net.state_dict()
+    return all(torch.equal(own[n], state[n]) for n in names or own)
+
+
+def refused(net, path, match, **kwargs):
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(CheckpointError, match=match) as caught:
+        WSBCNCheckpointer(net, **kwargs).load(path)
+    assert "\n" not in str(caught.value)
+    after = net.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before), "the model was touched"
+
+
+def test_whole_and_backbone_only(tmp_path):
+    net = model()
+    WSBCNCheckpointer(net).load(save(tmp_path / "a.pth", weights(), meta()))
+    assert same(net, weights())
+    net = model()
+    path = save(tmp_path / "b.pth", backbone_only(), meta(), heuristics=True)
+    WSBCNCheckpointer(net).load(path)
+    names = [n for n in net.state_dict() if "bottom_up" in n]
+    assert len(names) > 100 and same(net, weights(), names)
+    # the same without the flag in the file, with it in the path
+    net = model()
+    path = save(tmp_path / "c.pth", backbone_only())
+    WSBCNCheckpointer(net).load(path + "?matching_heuristics=True")
+    assert same(net, weights(), names)
+    refused(model(), path, "holds 0 of the model's 140 backbone parameters")
+    refused(model(), path + "?magic=1", "unknown query magic")
+
+
+def test_no_weights_no_check():
+    assert WSBCNCheckpointer(model()).load("") == {}
+
+
+def test_missing_backbone_parameters(tmp_path):
+    state = dict(weights())
+    del state["backbone.bottom_up.res3.1.conv2.weight"]
+    path = save(tmp_path / "a.pth", state, meta())
+    refused(model(), path, "139 of .* 140|holds 1[0-9]+ of .* missing are .*res3.1.conv2.weight")
+    state = dict(weights())
+    state["backbone.bottom_up.res3.1.conv2.weight"] = torch.ones(1, 2, 3, 3)
+    refused(model(), save(tmp_path / "b.pth", state), r"has \(1, 2, 3, 3\) instead of \(128")
+    # a detector's file without one FPN entry
+    state = dict(weights())
+    del state["backbone.fpn_output3.norm.bn.running_var"]
+    refused(model(), save(tmp_path / "c.pth", state), "missing are backbone.fpn_output3.norm.bn")
+
+
+@pytest.mark.parametrize("have, want", [("GN", "BCN"), ("BCN", "GN"), ("GN", "BN"), ("BN", "BCN")])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_norm_mismatch(have, want, recorded, tmp_path):
+    record = meta(norm=have) if recorded else None
+    path = save(tmp_path / "a.pth", weights(have), record)
+    refused(model(want), path, f"backbone with {have} but the model's has {want}")
+
+
+def test_formula_mismatch(tmp_path):
+    path = save(tmp_path / "a.pth", weights(), meta(ws_formula="unbiased_std"))
+    refused(model(), path, "formula 'unbiased_std' but the model has 'unbiased': set MODEL.WS.FORM")
+    refused(model(formula="none"), path, "use a WS backbone")
+    path = save(tmp_path / "b.pth", weights(), meta(ws_formula="none"))
+    refused(model(), path, "use a stock backbone")
+    WSBCNCheckpointer(model(formula="none")).load(path)
+    # an explicit expectation decides, and an empty one checks names only
+    path = save(tmp_path / "c.pth", weights(), meta(ws_formula="biased"))
+    refused(model(), path, "has 'none'", expected=LoadExpectation(ws_formula="none"))
+    WSBCNCheckpointer(model(), expected=LoadExpectation()).load(path)
+
+
+def warned(caplog, net, path, **kwargs):
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        WSBCNCheckpointer(net, **kwargs).load(path)
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_pixel_statistics_are_warned_about(tmp_path, caplog):
+    net = model()
+    net.register_buffer("pixel_mean", torch.tensor([103.53, 116.28, 123.675]).view(3, 1, 1), False)
+    net.register_buffer("pixel_std", torch.ones(3, 1, 1), False)
+    net.input_format = "BGR"
+    agreeing = meta(
+        input_format="BGR", pixel_mean=(103.53, 116.28, 123.675), pixel_std=(1.0, 1.0, 1.0)
+    )
+    path = save(tmp_path / "a.pth", weights(), agreeing)
+    assert warned(caplog, net, path) == []
+    other = meta(
+        input_format="RGB", pixel_mean=(123.675, 116.28, 103.53), pixel_std=(58.4, 57.1, 57.4)
+    )
+    path = save(tmp_path / "b.pth", weights(), other)
+    text = " ".join(warned(caplog, net, path))
+    assert all(k in text for k in ("INPUT.FORMAT RGB", "PIXEL_MEAN [123.675", "PIXEL_STD [58.4"))
+    text = warned(caplog, model(), save(tmp_path / "c.pth", weights(), meta(ws_eps=1e-3)))
+    assert len(text) == 1 and "MODEL.WS.EPS was 0.001" in text[0]
+    text = warned(caplog, model(), save(tmp_path / "d.pth", weights()))
+    assert len(text) == 1 and "does not say how its weights were standardized" in text[0]
+
+
+def test_expectation_from_cfg_and_from_model():
+    cfg = small("SyncBCN", "biased")
+    cfg.MODEL.WS.EPS = 1e-4
+    expected = LoadExpectation.from_cfg(cfg)
+    assert (expected.ws_formula, expected.norm, expected.ws_eps) == ("biased", "BCN", 1e-4)
+    assert expected.pixel_mean == (103.53, 116.28, 123.675) and expected.input_format == "BGR"
+    read = LoadExpectation.from_model(model("BCN", "biased"))
+    assert (read.ws_formula, read.norm, read.ws_eps) == ("biased", "BCN", 1e-5)
+    stock = LoadExpectation.from_cfg(small("FrozenBN", "none"))
+    assert (stock.ws_formula, stock.norm, stock.ws_eps) == ("none", "BN", None)
+    assert LoadExpectation.from_model(model("GN", "none")).ws_formula == "none"
+    bare = LoadExpectation.from_model(ours.bottom_up(small("GN", "unbiased_std")))
+    assert (bare.ws_formula, bare.norm) == ("unbiased_std", "GN")
+
+
+def test_what_is_saved_is_checked_when_reused(tmp_path):
+    net = model()
+    net.load_state_dict(weights())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    sum(p.sum() for p in net.parameters()).backward()
+    optimizer.step()
+    checkpointer = WSBCNCheckpointer(net, str(tmp_path), optimizer=optimizer)
+    checkpointer.save("model_0000009", iteration=9)
+    record = torch.load(tmp_path / "model_0000009.pth", weights_only=True)["wsbcn_d2"]
+    assert record["ws_formula"] == "unbiased" and record["norm"] == "BCN"
+    fresh = model()
+    again = torch.optim.SGD(fresh.parameters(), lr=0.5, momentum=0.9)
+    resumed = WSBCNCheckpointer(fresh, str(tmp_path), optimizer=again)
+    extra = resumed.resume_or_load("", resume=True)
+    assert extra["iteration"] == 9 and same(fresh, net.state_dict())
+    assert again.param_groups[0]["lr"] == 0.1 and len(again.state_dict()["state"]) > 0
+    refused(model("BCN", "biased"), str(tmp_path / "model_0000009.pth"), "set MODEL.WS.FORMULA to")
+
+
+def test_frozen_stages_and_their_counters(tmp_path, caplog):
+    """FREEZE_AT leaves no counter; estimates loaded without one are not to be thrown away."""
+    frozen = model(freeze_at=2)
+    path = save(tmp_path / "a.pth", weights(), meta())
+    assert not any("num_batches" in line for line in warned(caplog, frozen, path))
+    checkpointer = WSBCNCheckpointer(frozen, str(tmp_path))
+    checkpointer.save("frozen")
+    thawed = model()
+    assert warned(caplog, thawed, str(tmp_path / "frozen.pth")) == []
+    state = thawed.state_dict()
+    assert int(state["backbone.bottom_up.stem.conv1.norm.bn.num_batches_tracked"]) == 1
+    assert int(state["backbone.bottom_up.res4.0.conv1.norm.bn.num_batches_tracked"]) == 7
+    kept = [n for n in weights() if not n.endswith("num_batches_tracked")]
+    assert same(thawed, weights(), kept)
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", None])
+@pytest.mark.parametrize("module", ["", "module."])
+def test_raw_author_files_are_refused_with_the_mend(wrapper, module, tmp_path):
+    state = {module + n: torch.zeros(s) for n, s in list(src.resnet_entries(src.Net()))[:12]}
+    path = str(tmp_path / "R-50-GN-WS.pth.tar")
+    torch.save({wrapper: state, "epoch": 9} if wrapper else state, path)
+    refused(model("GN"), path, "convert it first with tools/convert_checkpoint.py")
+
+
+def test_caffe2_files_still_load(tmp_path):
+    """MSRA-style blobs into FrozenBN, group norm blobs into GN, neither into the other."""
+    files = {}
+    for norm, tag in (("BN", "bn"), ("GN", "gn")):
+        blobs = {"fc1000_w": np.zeros(1, np.float32), "conv1_w_momentum": np.zeros(1, np.float32)}
+        for name, value in backbone_only("GN").items():
+            if name.endswith("num_batches_tracked"):
+                continue
+            name = name.replace("shortcut", "branch1").replace("stem.conv1", "conv1")
+            for number, letter in ((1, "a"), (2, "b")):
+                name = name.replace(f".conv{number}.", f".branch2{letter}.")
+            name = name.replace("norm.weight", f"{tag}_s").replace("norm.bias", f"{tag}_b")
+            name = name.removesuffix(".weight") + "_w" if name.endswith(".weight") else name
+            name = name.replace(".", "_")
+            if tag == "bn":
+                name = name.replace("conv1_bn", "res_conv1_bn")
+            blobs[name] = value.numpy()
+        files[norm] = str(tmp_path / f"{norm}.pkl")
+        with open(files[norm], "wb") as stream:
+            pickle.dump(blobs, stream, protocol=2)
+    frozen = model("FrozenBN", "none")
+    WSBCNCheckpointer(frozen).load(files["BN"])
+    name = "backbone.bottom_up.res5.1.conv2."
+    assert torch.equal(frozen.state_dict()[name + "weight"], weights("GN")[name + "weight"])
+    assert torch.equal(frozen.state_dict()[name + "norm.bias"], weights("GN")[name + "norm.bias"])
+    WSBCNCheckpointer(model("GN", "none")).load(files["GN"])
+    refused(model("BN", "none"), files["BN"], "norm.running_mean")
+    refused(model("GN", "none"), files["BN"], "backbone with BN but the model's has GN")
+    refused(model("BCN", "none"), files["GN"], "backbone with GN but the model's has BCN")
+
+
+def test_zoo_pickles_of_arrays(tmp_path):
+    path = str(tmp_path / "zoo.pkl")
+    state = {k: v.numpy() for k, v in backbone_only().items()}
+    with open(path, "wb") as stream:
+        pickle.dump({"model": state, "__author__": "me", "matching_heuristics": True}, stream)
+    net = model()
+    WSBCNCheckpointer(net).load(path)
+    assert same(net, weights(), [n for n in weights() if "bottom_up" in n])
+
+
+def test_models_without_a_backbone(tmp_path):
+    net = nn.Linear(2, 2)
+    path = save(tmp_path / "a.pth", {"weight": torch.ones(2, 2)})
+    WSBCNCheckpointer(net).load(path)
+    assert float(net.weight.detach().sum()) == 4
+    path = save(tmp_path / "b.pth", {"other": torch.ones(2, 2)})
+    refused(net, path, "holds 0 of")
+
+
+def test_bad_contents(tmp_path):
+    for content, match in (
+        ({"model": {"a": 3}}, "Unsupported type"),
+        ({"model": {}}, "no state dict"),
+        ({"model": weights(), "wsbcn_d2": "yes"}, "is str, no dict"),
+        ({"model": weights(), "wsbcn_d2": {"ws_formula": "mine"}}, "formula 'mine' is unknown"),
+    ):
+        torch.save(content, tmp_path / "a.pth")
+        refused(model(), str(tmp_path / "a.pth"), match)

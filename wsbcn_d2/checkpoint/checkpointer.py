@@ -1,0 +1,122 @@
+"""Detectron2's checkpointer, without the silence."""
+
+from urllib.parse import parse_qs
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+
+from .errors import CheckpointError
+from .metadata import METADATA_KEY, Metadata
+from .reader import read_file, unwrap
+from .verify import LoadExpectation, check_conventions, check_coverage
+
+
+class WSBCNCheckpointer(DetectionCheckpointer):
+    """A `DetectionCheckpointer` that refuses weights which would not do what they are loaded for.
+
+    Refused, before the model is touched: weights that leave a part of the backbone untouched, with
+    another kind of norm, or with another recorded WS formula. Different pixel statistics are
+    warned about. Files are read without running code from them; what it saves records the model's
+    conventions under ``wsbcn_d2``.
+    """
+
+    def __init__(
+        self,
+        model,
+        save_dir="",
+        *,
+        save_to_disk=None,
+        expected: LoadExpectation | None = None,
+        **checkpointables,
+    ):
+        """
+        Args:
+            model: a detector, or it wrapped in DDP.
+            save_dir, save_to_disk, **checkpointables: as in ``DetectionCheckpointer``.
+            expected: what the weights have to be; None reads it off the model.
+        """
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.expected = expected or LoadExpectation.from_model(self.model)
+        self._path = ""
+        self._heuristics = False
+
+    def load(self, path, *args, **kwargs):
+        """Loads from a path, URL or catalog name.
+
+        Args:
+            path: may end in ``?matching_heuristics=True``; empty for nothing.
+
+        Returns:
+            dict: what the file holds besides (see fvcore).
+
+        Raises:
+            CheckpointError: see the class.
+        """
+        self._path = path = str(path or "")
+        path, mark, query = path.partition("?")
+        query = parse_qs(query) if mark else {}
+        self._heuristics = query.pop("matching_heuristics", ["False"]) == ["True"]
+        if query:
+            raise CheckpointError(f"{self._path}: unknown query {', '.join(query)}")
+        return super().load(path, *args, **kwargs)
+
+    def save(self, name, **kwargs):
+        """As fvcore's, with the model's conventions recorded."""
+        kwargs.setdefault(METADATA_KEY, self.expected.metadata().as_dict())
+        super().save(name, **kwargs)
+
+    def _load_file(self, filename):
+        if filename.endswith(".pyth"):  # pycls; Detectron2 knows these
+            return super()._load_file(filename)
+        data = read_file(filename)
+        if "model" not in data and not filename.endswith(".pkl"):
+            data = {"model": unwrap(data).state if "state_dict" in data else data}
+        elif filename.endswith(".pkl") and not ("model" in data and "__author__" in data):
+            blobs = data.get("blobs", data)
+            data = {
+                "model": {k: v for k, v in blobs.items() if not k.endswith("_momentum")},
+                "__author__": "Caffe2",
+                "matching_heuristics": True,
+            }
+        if self._heuristics:
+            data["matching_heuristics"] = True
+        return data
+
+    def _load_model(self, checkpoint):
+        model = checkpoint["model"]
+        if not isinstance(model, dict) or not model:
+            raise CheckpointError(f"{self._path}: holds no state dict")
+        try:
+            self._convert_ndarray_to_tensor(model)
+        except ValueError as err:
+            raise CheckpointError(f"{self._path}: {err}; is it a converted checkpoint?") from err
+        if any(name.startswith("module.") for name in model):
+            model = {name.removeprefix("module."): value for name, value in model.items()}
+        recorded = checkpoint.get(METADATA_KEY)
+        recorded = None if recorded is None else Metadata.from_dict(recorded)
+        for line in check_conventions(model, recorded, self.expected, self._path):
+            self.logger.warning(line)
+        # Matching by name is done here, not by the parent, to see the result before it is loaded.
+        if checkpoint.pop("matching_heuristics", False):
+            model = align_and_update_state_dicts(
+                self.model.state_dict(),
+                model,
+                c2_conversion=checkpoint.get("__author__") == "Caffe2",
+            )
+        found, total = check_coverage(self.model, model, self._path)
+        self._keep_estimates(model)
+        self.logger.info(f"{found} of the model's {total} parameters and buffers are in the file")
+        checkpoint["model"] = model
+        incompatible = super()._load_model(checkpoint)
+        for names in (incompatible.missing_keys, incompatible.unexpected_keys):
+            # A counter that frozen norms do not keep.
+            names[:] = [name for name in names if not name.endswith("num_batches_tracked")]
+        return incompatible
+
+    def _keep_estimates(self, state):
+        """Loaded estimates without their counter (a frozen stage's) count as set, see BCN."""
+        for name in self.model.state_dict():
+            stem, is_counter, _ = name.rpartition("num_batches_tracked")
+            if is_counter and name not in state and f"{stem}running_mean" in state:
+                state[name] = torch.ones((), dtype=torch.int64)
