@@ -20,6 +20,7 @@ from wsbcn_d2 import data
 from wsbcn_d2.data import shapes
 
 COUNT = 40
+FOLDER = f"shapes_v{data.GENERATOR_VERSION}"
 
 
 @pytest.fixture(scope="module")
@@ -241,12 +242,12 @@ def test_a_root_that_cannot_be_written_is_named(tmp_path):
 
 def test_version_and_spec_choose_the_folder(monkeypatch):
     default = data.ShapesSpec()
-    assert default.folder_name == "shapes_v1"
+    assert default.folder_name == f"shapes_v{data.GENERATOR_VERSION}"
     others = [data.ShapesSpec(seed=1), data.ShapesSpec((("val", 2),))]
     names = {spec.folder_name for spec in [default, *others]}
     assert len(names) == 3
-    monkeypatch.setattr(shapes, "GENERATOR_VERSION", 2)
-    assert default.folder_name == "shapes_v2"
+    monkeypatch.setattr(shapes, "GENERATOR_VERSION", 99)
+    assert default.folder_name == "shapes_v99"
     assert not names & {spec.folder_name for spec in [default, *others]}
 
 
@@ -261,7 +262,7 @@ def test_import_registers_and_writes_nothing(tmp_path, catalog, monkeypatch):
     monkeypatch.chdir(tmp_path)
     importlib.reload(data)
     json_file = MetadataCatalog.get("shapes_val").json_file
-    assert Path(json_file) == tmp_path / "sets/shapes_v1/annotations/shapes_val.json"
+    assert Path(json_file) == tmp_path / "sets" / FOLDER / "annotations/shapes_val.json"
     assert "shapes_train" in DatasetCatalog.list() and list(tmp_path.iterdir()) == []
 
 
@@ -270,8 +271,8 @@ def test_default_registration_is_idempotent_and_follows_the_root(tmp_path, catal
     metadata = MetadataCatalog.get("shapes_train")
     data.register_shapes(tmp_path)
     assert MetadataCatalog.get("shapes_train") is metadata
-    assert metadata.json_file == str(tmp_path / "shapes_v1/annotations/shapes_train.json")
-    assert metadata.image_root == str(tmp_path / "shapes_v1/train")
+    assert metadata.json_file == str(tmp_path / FOLDER / "annotations/shapes_train.json")
+    assert metadata.image_root == str(tmp_path / FOLDER / "train")
     assert metadata.evaluator_type == "coco" and metadata.thing_classes == list(data.CLASSES)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "elsewhere"))
     data.register_shapes()

@@ -28,19 +28,19 @@ def spectral_slope(grey: np.ndarray) -> float:
 
 
 PINNED_INSTANCES = [
-    ("ring", 482, 482),
-    ("ring", 776, 1163),
-    ("star", 607, 607),
-    ("cross", 1181, 1181),
+    ("ring", 686, 686),
+    ("cross", 712, 712),
+    ("disk", 404, 404),
+    ("triangle", 172, 172),
 ]
-PINNED_MEANS = [84.585, 91.07, 88.504]
+PINNED_MEANS = [84.469, 84.536, 82.57]
 
 
 def test_pinned_scene():
     """Fails when the output changes: then GENERATOR_VERSION must count up, and this with it."""
     image, instances = data.render_scene(np.random.default_rng(2024), (112, 128))
     seen = [(data.CLASSES[i.category], int(i.mask.sum()), i.full_area) for i in instances]
-    assert (data.GENERATOR_VERSION, seen) == (1, PINNED_INSTANCES)
+    assert (data.GENERATOR_VERSION, seen) == (2, PINNED_INSTANCES)
     # Means rather than a digest: another NumPy may round a pixel the other way.
     np.testing.assert_allclose(image.mean(axis=(0, 1)), PINNED_MEANS, atol=0.02)
 
@@ -49,7 +49,7 @@ def test_spectrum_is_natural_and_white_noise_is_not(scenes):
     rng = np.random.default_rng(0)
     grounds = [shapes_surface.background(rng, 128, 120)[0].mean(axis=2) for _ in range(20)]
     slopes = np.array([spectral_slope(ground) for ground in grounds])
-    # Amplitude 1/f is power 1/f^2; the exponents drawn are 0.9 to 1.2, borders steepen it.
+    # Amplitude 1/f is power 1/f^2; the exponents drawn are 1.0 to 1.2, borders steepen it.
     assert -2.6 < slopes.mean() < -1.8
     assert slopes.max() < -1.5
     whole = [spectral_slope(image.mean(axis=2)) for image, _ in scenes]

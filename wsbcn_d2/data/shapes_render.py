@@ -3,7 +3,7 @@
 The statistics follow natural images where normalization layers are sensitive to them. Surfaces
 carry noise whose amplitude falls as 1/f, colour channels are correlated, light varies smoothly
 over the scene, objects occlude each other and are cut by the frame. Colours are drawn without
-looking at the class: only the outline names it, and half of the time a typical pattern hints at it.
+looking at the class: only the outline names it, and most of the time a typical pattern hints at it.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def render_scene(
     size: tuple[int, int],
     *,
     num_objects: tuple[int, int] = (1, 5),
-    scale: tuple[float, float] = (0.16, 0.55),
+    scale: tuple[float, float] = (0.2, 0.6),
     categories: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, list[Instance]]:
     """Draws one scene.

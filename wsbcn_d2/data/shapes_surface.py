@@ -10,10 +10,10 @@ import numpy as np
 PATTERNS: tuple[str, ...] = ("dots", "checks", "stripes", "marble", "clouds", "waves")
 """Surface patterns; ``PATTERNS[i]`` is the typical one of ``CLASSES[i]``."""
 
-EXPONENTS = (0.9, 1.0, 1.1, 1.2)
+EXPONENTS = (1.0, 1.1, 1.2)
 """Exponents of the surfaces' spectra, by amplitude; photographs lie around 1."""
 
-TYPICAL_PATTERN_RATE = 0.5
+TYPICAL_PATTERN_RATE = 0.75
 
 
 @functools.lru_cache(maxsize=256)
@@ -77,8 +77,8 @@ def _pattern(
 
 def _coloured(rng: np.random.Generator, noise: np.ndarray, base: np.ndarray) -> np.ndarray:
     """Colours a surface: (3, H, W) noise around the colour `base` (3,) -> (H, W, 3)."""
-    contrast = rng.uniform(0.10, 0.17)
-    tints = rng.standard_normal((2, 3)) * 0.045
+    contrast = rng.uniform(0.08, 0.13)
+    tints = rng.standard_normal((2, 3)) * 0.03
     # One shared luminance field and two weak tints: channels correlate as in photographs.
     # Spelled out, as a matrix product would round differently from one BLAS to the next.
     weak = noise[1][..., None] * tints[0] + noise[2][..., None] * tints[1]
@@ -87,11 +87,11 @@ def _coloured(rng: np.random.Generator, noise: np.ndarray, base: np.ndarray) -> 
 
 def pick_colour(rng: np.random.Generator, others: Sequence[np.ndarray]) -> np.ndarray:
     """A random colour (3,), as far as a few tries get it from the `others` around it."""
-    candidates = rng.uniform(0.2, 0.8, size=(6, 1)) + rng.uniform(-0.16, 0.16, size=(6, 3))
+    candidates = rng.uniform(0.15, 0.85, size=(6, 1)) + rng.uniform(-0.16, 0.16, size=(6, 3))
     if not others:
         return candidates[0]
     gaps = [min(np.linalg.norm(colour - other) for other in others) for colour in candidates]
-    far = [i for i, gap in enumerate(gaps) if gap > 0.35]
+    far = [i for i, gap in enumerate(gaps) if gap > 0.4]
     return candidates[far[0] if far else int(np.argmax(gaps))]
 
 
@@ -142,6 +142,6 @@ def object_surface(
     noise = power_law_noise(rng, 3, *u.shape, exponent)
     base = pick_colour(rng, others)
     sign = 1.0 if rng.random() < 0.5 else -1.0
-    tint = sign * (rng.uniform(0.11, 0.19) + rng.uniform(-0.06, 0.06, size=3))
+    tint = sign * (rng.uniform(0.14, 0.22) + rng.uniform(-0.06, 0.06, size=3))
     relief = _pattern(rng, name, u, v, noise[2])
     return _coloured(rng, noise, base) + relief[..., None] * tint, base
