@@ -1,8 +1,10 @@
 """Pretrained checkpoints: convert, fetch, verify. See the functions' own documentation."""
 
+from .catalog import CATALOG
 from .checkpointer import WSBCNCheckpointer
 from .convert import TARGETS, Options, convert, convert_file
 from .errors import CheckpointError
+from .fetch import fetch, register
 from .formats import FORMATS, detect_format
 from .imagenet import convert_imagenet, to_authors_names
 from .metadata import METADATA_KEY, Metadata
@@ -13,6 +15,7 @@ from .verify import LoadExpectation
 from .writer import write_checkpoint
 
 __all__ = [
+    "CATALOG",
     "FORMATS",
     "METADATA_KEY",
     "TARGETS",
@@ -27,7 +30,10 @@ __all__ = [
     "convert_file",
     "convert_imagenet",
     "detect_format",
+    "fetch",
     "read_checkpoint",
     "to_authors_names",
     "write_checkpoint",
 ]
+
+register()  # wsbcn:// names

@@ -1,0 +1,27 @@
+#!/usr/bin/env python
+"""Print the catalog of published checkpoints (``wsbcn://`` names for MODEL.WEIGHTS)."""
+
+import argparse
+import sys
+
+from wsbcn_d2.checkpoint.catalog import CATALOG, PREFIX, table
+from wsbcn_d2.checkpoint.fetch import OFFLINE_VARIABLE
+
+
+def main(argv=None) -> int:
+    """Runs the tool; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"Offline: put the files of --urls into a folder and set {OFFLINE_VARIABLE} to it.",
+    )
+    parser.add_argument("--urls", action="store_true", help="also print where the files are")
+    args = parser.parse_args(argv)
+    print("\n".join(table()))
+    if args.urls:
+        for entry in CATALOG.values():
+            print("\n".join([f"\n{PREFIX}{entry.name}", *(f"  {url}" for url in entry.urls)]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
