@@ -6,12 +6,15 @@ from .backbone import (
     build_ws_retinanet_resnet_fpn_backbone,
 )
 from .build import standardize
+from .retinanet import WSRetinaNet, WSRetinaNetHead
 from .roi_heads import WSFastRCNNConvFCHead, WSMaskRCNNConvUpsampleHead, WSRes5ROIHeads
 
 __all__ = [
     "WSFastRCNNConvFCHead",
     "WSMaskRCNNConvUpsampleHead",
     "WSRes5ROIHeads",
+    "WSRetinaNet",
+    "WSRetinaNetHead",
     "build_ws_resnet_backbone",
     "build_ws_resnet_fpn_backbone",
     "build_ws_retinanet_resnet_fpn_backbone",
