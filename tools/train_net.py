@@ -12,11 +12,12 @@ Wrong input is answered with one line and exit code 2, before anything is writte
 import logging
 import sys
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import default_argument_parser, default_setup, hooks
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
+from wsbcn_d2.checkpoint import CheckpointError, LoadExpectation, WSBCNCheckpointer
+from wsbcn_d2.data import ShapesDataError
 from wsbcn_d2.engine import Trainer, UsageError, check_config, launch, load_config
 from wsbcn_d2.engine.launch import world_size_of
 
@@ -29,7 +30,8 @@ def main(args):
         logging.getLogger("wsbcn_d2").info("Running on the CPU")
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+        expected = LoadExpectation.from_cfg(cfg)
+        WSBCNCheckpointer(model, cfg.OUTPUT_DIR, expected=expected).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
         results = Trainer.test(cfg, model)
@@ -54,7 +56,7 @@ def cli() -> int:
         cfg = load_config(args.config_file, args.opts)
         check_config(cfg, world_size=world_size_of(args), eval_only=args.eval_only)
         launch(main, args)
-    except UsageError as error:
+    except (UsageError, CheckpointError, ShapesDataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

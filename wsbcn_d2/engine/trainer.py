@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import os
+import weakref
 from collections import OrderedDict
 from unittest import mock
 
@@ -12,6 +13,7 @@ from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 
+from ..checkpoint import LoadExpectation, WSBCNCheckpointer
 from .evaluation import build_evaluator
 from .hooks import EstimateSync, UpdateRateSchedule
 
@@ -27,7 +29,8 @@ def _ddp_for(device: str):
 
 
 class Trainer(DefaultTrainer):
-    """``DefaultTrainer`` plus update-rate schedule, estimate sync and dataset evaluators."""
+    """``DefaultTrainer`` plus update-rate schedule, estimate sync, dataset evaluators and a
+    checkpointer that refuses weights which do not fit."""
 
     def __init__(self, cfg: CfgNode):
         """
@@ -42,6 +45,13 @@ class Trainer(DefaultTrainer):
 
         There the synchronized estimates come before PreciseBN, checkpoints and evaluation.
         """
+        # The hooks hold on to the checkpointer, and the parent's constructor makes both.
+        self.checkpointer = WSBCNCheckpointer(
+            self.model,
+            self.cfg.OUTPUT_DIR,
+            expected=LoadExpectation.from_cfg(self.cfg),
+            trainer=weakref.proxy(self),
+        )
         ours: list[HookBase] = [
             UpdateRateSchedule(
                 self.cfg.MODEL.BCN.UPDATE_RATE, self.cfg.MODEL.BCN.UPDATE_RATE_SCHEDULE
