@@ -13,6 +13,7 @@ except ImportError as error:
         "`python tools/install_detectron2.py` from this project's checkout"
     ) from error
 
+from . import checkpoint as _checkpoint  # noqa: F401  (registers wsbcn:// names)
 from . import data as _data  # noqa: F401  (registers the shapes dataset)
 from .config import add_wsbcn_config, get_cfg
 from .layers import (
