@@ -312,7 +312,7 @@ def test_unknown_names(cache):
 
 def test_the_catalog_itself(capsys):
     detectors = [e for e in CATALOG.values() if e.detector]
-    assert len(detectors) == 12 and len(CATALOG) == 21
+    assert len(detectors) == 12 and len(CATALOG) == 23
     for entry in CATALOG.values():
         assert entry.urls and all(url.startswith(("https://", "http://")) for url in entry.urls)
         assert not entry.detector or all(url_digest(url) for url in entry.urls)

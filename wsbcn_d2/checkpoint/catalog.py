@@ -73,15 +73,31 @@ def _bcn_ws(short, file):
     return Entry(name, urls, "BCN", "unbiased", IMAGENET_RGB, "not stated", "not reported")
 
 
-def _gn(short, number):
+def _detectron_gn(short, number, mirror, error):
     return Entry(
         f"ImageNetPretrained/{short}-GN",
-        (f"{_DETECTRON}/{number}/{short}-GN.pkl",),
+        (
+            f"{_DETECTRON}/{number}/{short}-GN.pkl",
+            f"{_OPENMMLAB}/pretrain/third_party/{mirror}.pth",  # the same weights, renamed
+        ),
         "GN",
         "none",
         DETECTRON2_BGR,
         "CC BY-SA 3.0",
-        f"top-1 error {'24.0' if short == 'R-50' else '22.6'}",
+        f"top-1 error {error}",
+    )
+
+
+def _jhu_gn(short, mirror):
+    # The authors' baselines without WS; only this mirror is known. Input as their other files.
+    return Entry(
+        f"ImageNetPretrained/{short}-GN",
+        (f"{_OPENMMLAB}/pretrain/third_party/{mirror}.pth",),
+        "GN",
+        "none",
+        IMAGENET_RGB,
+        "not stated",
+        "not reported",
     )
 
 
@@ -124,8 +140,10 @@ CATALOG: dict[str, Entry] = {
         _bcn_ws("R-50", "rn50_bcn_ws.pth"),
         _bcn_ws("R-101", "rn101_bcn_ws.pth"),
         _bcn_ws("X-50", "rx50_bcn_ws.pth"),
-        _gn("R-50", "47261647"),
-        _gn("R-101", "47592356"),
+        _detectron_gn("R-50", "47261647", "resnet50_gn-9186a21c", "24.0"),
+        _detectron_gn("R-101", "47592356", "resnet101_gn-cac0ab98", "22.6"),
+        _jhu_gn("X-50", "resnext50_32x4d_gn-c7e8b754"),
+        _jhu_gn("X-101", "resnext101_32x4d_gn-ac3bb84e"),
         *(_detector(*line.split()) for line in _DETECTORS.strip().splitlines()),
     )
 }
