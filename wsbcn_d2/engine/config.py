@@ -18,7 +18,15 @@ from detectron2.utils.file_io import PathManager
 from ..config import get_cfg
 from .hooks import UpdateRateSchedule
 
-__all__ = ["UsageError", "check_config", "check_datasets", "load_config"]
+__all__ = [
+    "UsageError",
+    "check_batch",
+    "check_config",
+    "check_datasets",
+    "check_weights",
+    "load_config",
+    "one_line",
+]
 
 _NORM_KEYS = (
     "MODEL.RESNETS.NORM",
@@ -32,7 +40,8 @@ class UsageError(ValueError):
     """Wrong input by the user; the message is one line that names the culprit and the mend."""
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks, or its type where it has none."""
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     return " ".join(str(text).split()) or type(error).__name__
 
@@ -60,12 +69,12 @@ def load_config(config_file: str, opts: Iterable[str] = ()) -> CfgNode:
     try:
         cfg.merge_from_file(config_file)
     except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
-        raise UsageError(f"config file {config_file!r}: {_one_line(error)}") from error
+        raise UsageError(f"config file {config_file!r}: {one_line(error)}") from error
     try:
         cfg.merge_from_list(list(opts))
     except (KeyError, ValueError, AssertionError) as error:
         raise UsageError(
-            f"command-line override: {_one_line(error)}; overrides are KEY VALUE pairs of keys "
+            f"command-line override: {one_line(error)}; overrides are KEY VALUE pairs of keys "
             "that the config has"
         ) from error
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
@@ -90,13 +99,18 @@ def check_config(cfg: CfgNode, *, world_size: int = 1, eval_only: bool = False) 
     """
     if not eval_only:
         check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
-        _check_batch(cfg, world_size)
+        check_batch(
+            cfg.SOLVER.IMS_PER_BATCH,
+            cfg.SOLVER.REFERENCE_WORLD_SIZE,
+            world_size,
+            keys=("SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE"),
+        )
     check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
-    _check_weights(cfg.MODEL.WEIGHTS)
+    check_weights(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
     try:
         UpdateRateSchedule(cfg.MODEL.BCN.UPDATE_RATE, cfg.MODEL.BCN.UPDATE_RATE_SCHEDULE)
     except ValueError as error:
-        raise UsageError(f"MODEL.BCN: {_one_line(error)}") from error
+        raise UsageError(f"MODEL.BCN: {one_line(error)}") from error
     _check_model(cfg)
 
 
@@ -127,31 +141,48 @@ def check_datasets(names: Iterable[str], key: str) -> None:
                 )
 
 
-def _check_batch(cfg: CfgNode, world_size: int) -> None:
-    images = cfg.SOLVER.IMS_PER_BATCH
-    if cfg.SOLVER.REFERENCE_WORLD_SIZE:
-        reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+def check_batch(images: int, reference: int, world_size: int, *, keys: tuple[str, str]) -> None:
+    """Refuse a batch that does not split evenly over the processes.
+
+    Args:
+        images: per step, over all processes.
+        reference: number of processes that ``images`` is meant for; 0 for any.
+        world_size: number of processes there are.
+        keys: the config keys of the first two.
+
+    Raises:
+        UsageError
+    """
+    if reference:
         if images % reference:
             raise UsageError(
-                f"SOLVER.IMS_PER_BATCH {images} cannot be split over SOLVER.REFERENCE_WORLD_SIZE "
-                f"{reference} processes: make it a multiple"
+                f"{keys[0]} {images} cannot be split over {keys[1]} {reference} processes: make "
+                "it a multiple"
             )
         images = images // reference * world_size
     if images < 1 or images % world_size:
         raise UsageError(
-            f"SOLVER.IMS_PER_BATCH {images} cannot be split over {world_size} processes: make "
-            f"it a positive multiple of {world_size}"
+            f"{keys[0]} {images} cannot be split over {world_size} processes: make it a positive "
+            f"multiple of {world_size}"
         )
 
 
-def _check_weights(weights: str) -> None:
+def check_weights(weights: str, key: str) -> None:
+    """Refuse the path of a checkpoint that is absent; URLs are left to the loading.
+
+    Args:
+        weights: path, URL or "".
+        key: the config key it comes from.
+
+    Raises:
+        UsageError
+    """
     path = urlparse(weights)._replace(query="").geturl()
     if not path or "://" in path:  # nothing to load, or resolved and checked on loading
         return
     if not PathManager.isfile(path):
         raise UsageError(
-            f"MODEL.WEIGHTS {path!r} not found: give the path of a checkpoint, or '' to train "
-            "from scratch"
+            f"{key} {path!r} not found: give the path of a checkpoint, or '' to train from scratch"
         )
 
 
@@ -170,6 +201,6 @@ def _check_model(cfg: CfgNode) -> None:
                 node = node[part]
             norms.append(f"{key}={node!r}")
         raise UsageError(
-            f"the model cannot be built: {_one_line(error)} (with {', '.join(norms)}, "
+            f"the model cannot be built: {one_line(error)} (with {', '.join(norms)}, "
             f"MODEL.FPN.OUT_CHANNELS={cfg.MODEL.FPN.OUT_CHANNELS})"
         ) from error
