@@ -1,0 +1,5 @@
+from ..common.zoo import build
+
+dataloader, lr_multiplier, model, optimizer, train = build(
+    "mask", "R-101", "bcn_ws", schedule="2x", images_per_gpu=2
+)

@@ -1,0 +1,258 @@
+"""Training and evaluation of Python configs (LazyConfig), with what ``Trainer`` does for YAML."""
+
+import builtins
+import copy
+import difflib
+import logging
+import os
+from collections.abc import Iterable
+
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import AMPTrainer, SimpleTrainer, create_ddp_model, default_writers, hooks
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from fvcore.nn.precise_bn import get_bn_modules
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..checkpoint import WSBCNCheckpointer
+from .config import UsageError, check_batch, check_datasets, check_weights, one_line
+from .hooks import EstimateSync, UpdateRateSchedule
+
+__all__ = ["auto_scale", "check_lazy_config", "evaluate", "load_lazy_config", "train"]
+
+_PARTS = ("dataloader", "lr_multiplier", "model", "optimizer", "train")
+
+
+def load_lazy_config(config_file: str, overrides: Iterable[str] = ()) -> DictConfig:
+    """Read a Python config.
+
+    Without a CUDA device, ``train.device`` becomes ``cpu``.
+
+    Args:
+        config_file: path of the file.
+        overrides: ``key=value`` pairs in Hydra's grammar; ``+key=value`` adds a key.
+
+    Returns:
+        DictConfig
+
+    Raises:
+        UsageError: for a missing file, one that cannot be read or lacks a part, or an override
+            of a key that the config does not have.
+    """
+    if not config_file:
+        raise UsageError("no config given: say --config-file FILE")
+    if not PathManager.isfile(config_file):
+        raise UsageError(f"config file {config_file!r} not found: check --config-file")
+    stock_import = builtins.__import__
+    try:
+        cfg = LazyConfig.load(config_file)
+    except Exception as error:  # a config is code: anything can happen in it
+        raise UsageError(
+            f"config file {config_file!r}: {type(error).__name__}: {one_line(error)}"
+        ) from error
+    finally:
+        builtins.__import__ = stock_import  # v0.6 leaves its own in place after an error
+    missing = [part for part in _PARTS if part not in cfg]
+    if missing:
+        raise UsageError(
+            f"config file {config_file!r} defines no {', '.join(missing)}: see configs/lazy"
+        )
+    try:
+        overrides = list(overrides)
+        _check_keys(cfg, overrides)
+        cfg = LazyConfig.apply_overrides(cfg, overrides)
+    except UsageError:
+        raise
+    except Exception as error:  # Hydra's parser and OmegaConf have many kinds
+        raise UsageError(f"command-line override: {one_line(error)}; say KEY=VALUE") from error
+    if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
+        cfg.train.device = "cpu"
+    return cfg
+
+
+def _check_keys(cfg: DictConfig, overrides: list[str]) -> None:
+    """Refuse unknown keys, which OmegaConf would silently add."""
+    absent = object()
+    for text in overrides:
+        key = text.partition("=")[0]
+        if key.startswith("+") or OmegaConf.select(cfg, key, default=absent) is not absent:
+            continue
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(cfg, parent, default=None) if parent else cfg
+        names = [str(n) for n in node] if isinstance(node, DictConfig) else []
+        close = difflib.get_close_matches(name, names, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"+{key}=... adds it"
+        raise UsageError(f"command-line override: the config has no {key!r}: {hint}")
+
+
+def check_lazy_config(cfg: DictConfig, *, world_size: int = 1, eval_only: bool = False) -> None:
+    """Refuse a config that training or evaluation would stumble over; writes nothing.
+
+    Args:
+        cfg: the config.
+        world_size: number of processes.
+        eval_only: leave out what concerns training alone.
+
+    Raises:
+        UsageError: for the first thing found.
+    """
+    if not eval_only:
+        check_datasets(_names(cfg, "train"), "dataloader.train.dataset.names")
+        check_batch(
+            cfg.dataloader.train.total_batch_size,
+            cfg.train.get("reference_world_size", 0),
+            world_size,
+            keys=("dataloader.train.total_batch_size", "train.reference_world_size"),
+        )
+        _check_built(cfg, "lr_multiplier")
+    check_datasets(_names(cfg, "test"), "dataloader.test.dataset.names")
+    check_weights(cfg.train.init_checkpoint, "train.init_checkpoint")
+    try:
+        _bcn_hooks(cfg)
+    except ValueError as error:
+        raise UsageError(f"train.bcn: {one_line(error)}") from error
+    with torch.device("meta"):
+        _check_built(cfg, "model")
+
+
+def _names(cfg: DictConfig, split: str) -> list[str]:
+    names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names", default=[])
+    return list(names) if isinstance(names, (list, tuple, ListConfig)) else [names]
+
+
+def _check_built(cfg: DictConfig, part: str) -> None:
+    try:
+        instantiate(cfg[part])
+    except (
+        *(KeyError, ValueError, AssertionError, AttributeError, TypeError),
+        OmegaConfBaseException,
+    ) as error:
+        raise UsageError(f"{part} cannot be built: {one_line(error)}") from error
+
+
+def auto_scale(cfg: DictConfig, world_size: int) -> DictConfig:
+    """Keep images per process and epochs when the number of processes is not the config's.
+
+    What ``DefaultTrainer.auto_scale_workers`` does to a YAML config: batch size and learning rate
+    in proportion, lengths in inverse proportion. The warm-up is a share of the whole length, and
+    so follows.
+
+    Args:
+        cfg: its ``train.reference_world_size`` is the number it is meant for; 0 leaves it alone.
+        world_size: the number of processes there are.
+
+    Returns:
+        DictConfig: a new config, or ``cfg`` if there is nothing to do.
+    """
+    reference = cfg.train.get("reference_world_size", 0)
+    if not reference or reference == world_size:
+        return cfg
+    cfg = copy.deepcopy(cfg)
+    scale = world_size / reference
+    loader = cfg.dataloader.train
+    loader.total_batch_size = round(loader.total_batch_size * scale)
+    cfg.optimizer.lr = cfg.optimizer.lr * scale
+    schedule = cfg.lr_multiplier.scheduler
+    schedule.milestones = [round(step / scale) for step in schedule.milestones]
+    cfg.train.max_iter = round(cfg.train.max_iter / scale)
+    cfg.train.eval_period = round(cfg.train.eval_period / scale)
+    cfg.train.checkpointer.period = max(1, round(cfg.train.checkpointer.period / scale))
+    cfg.train.reference_world_size = world_size
+    logging.getLogger(__name__).info(
+        f"Rescaled from {reference} to {world_size} processes: batch {loader.total_batch_size}, "
+        f"learning rate {cfg.optimizer.lr:g}, {cfg.train.max_iter} iterations"
+    )
+    return cfg
+
+
+def _bcn_hooks(cfg: DictConfig) -> list:
+    bcn = cfg.train.get("bcn", {})
+    ours = [
+        UpdateRateSchedule(
+            bcn.get("update_rate", 0.01), bcn.get("update_rate_schedule", "constant")
+        )
+    ]
+    if bcn.get("sync_estimates", True):
+        ours.append(EstimateSync())
+    return ours
+
+
+def evaluate(cfg: DictConfig, model: torch.nn.Module) -> dict:
+    """Run the config's evaluator on its test set.
+
+    Args:
+        cfg: the config; an evaluator's ``output_folder`` of None becomes
+            ``train.output_dir``/inference in it.
+        model: the detector.
+
+    Returns:
+        dict: results by task; empty on other processes than the first.
+    """
+    evaluator = cfg.dataloader.evaluator
+    if "output_folder" in evaluator and evaluator.output_folder is None:
+        evaluator.output_folder = os.path.join(cfg.train.output_dir, "inference")
+    loader = instantiate(cfg.dataloader.test)
+    results = inference_on_dataset(model, loader, instantiate(evaluator)) or {}
+    if results:
+        print_csv_format(results)
+    return results
+
+
+def train(cfg: DictConfig, *, resume: bool = False) -> dict:
+    """Train, with Detectron2's hooks and this project's, and evaluate.
+
+    Args:
+        cfg: as loaded; :func:`auto_scale` is applied here.
+        resume: go on from the last checkpoint in ``train.output_dir``, if there is one.
+
+    Returns:
+        dict: the last evaluation's results; empty on other processes than the first.
+    """
+    cfg = auto_scale(copy.deepcopy(cfg), comm.get_world_size())  # a model is put into it below
+    model = instantiate(cfg.model).to(cfg.train.device)
+    logging.getLogger(__name__).info(f"Model:\n{model}")
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    loader = instantiate(cfg.dataloader.train)
+    ddp = dict(cfg.train.ddp)
+    if cfg.train.device == "cpu":
+        ddp["device_ids"] = None  # Detectron2 passes a GPU's index
+    model = create_ddp_model(model, **ddp)
+    trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
+    checkpointer = WSBCNCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    trainer.register_hooks(_hooks(cfg, trainer, checkpointer))
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
+    start = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    trainer.train(start, cfg.train.max_iter)
+    return getattr(trainer, "last_results", {})
+
+
+def _hooks(cfg: DictConfig, trainer: SimpleTrainer, checkpointer: WSBCNCheckpointer) -> list:
+    """In ``DefaultTrainer``'s order; estimates are synchronized before anything reads them."""
+
+    def run_evaluation():
+        trainer.last_results = evaluate(cfg, trainer.model)
+        return trainer.last_results
+
+    main = comm.is_main_process()
+    precise = cfg.train.get("precise_bn", {})
+    result = [
+        hooks.IterationTimer(),
+        hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+        *_bcn_hooks(cfg),
+    ]
+    if precise.get("enabled") and get_bn_modules(trainer.model):
+        loader = instantiate(cfg.dataloader.train)  # one of its own, as in DefaultTrainer
+        result.append(
+            hooks.PreciseBN(cfg.train.eval_period, trainer.model, loader, precise.num_iter)
+        )
+    if main:
+        result.append(hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer))
+    result.append(hooks.EvalHook(cfg.train.eval_period, run_evaluation))
+    if main:
+        writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
+        result.append(hooks.PeriodicWriter(writers, period=cfg.train.log_period))
+    return result
