@@ -10,11 +10,13 @@ Deviations from the released code:
 """
 
 import torch
-from detectron2.layers import NaiveSyncBatchNorm
+from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules import module as nn_module
 
 from .estimated_batch_norm import EstimatedBatchNorm2d
+from .fused_bcn import ConstantBatchNorm, backend_for, fused_bcn, requested_backend, supports
 
 __all__ = ["BatchChannelNorm2d", "channel_norm"]
 
@@ -57,6 +59,10 @@ class BatchChannelNorm2d(nn.GroupNorm):
     The module *is* the channel half and *contains* the batch half, so that everything in
     Detectron2 that goes by type does the right thing: WEIGHT_DECAY_NORM sees the parameters of
     both, freezing turns only ``bn`` into a FrozenBatchNorm2d, and PreciseBN finds ``bn``.
+
+    Where the batch half's statistics are constants to autograd, which is all but training with
+    ``"batch"`` or ``"sync"``, both halves run fused (:mod:`.fused_bcn`), with the same results.
+    ``WSBCN_FUSED=off`` in the environment forces the composition.
 
     State dict: ``weight, bias`` of shape (G,), ``bn.weight, bn.bias, bn.running_mean,
     bn.running_var`` of shape (C,) and ``bn.num_batches_tracked``.
@@ -113,11 +119,51 @@ class BatchChannelNorm2d(nn.GroupNorm):
             Tensor of shape (N, C, H, W).
         """
         if x.dim() != 4:
-            raise ValueError(f"BCN expects a (N, C, H, W) input, got shape {tuple(x.shape)}")
+            raise ValueError(f"BCN expects a (N, C, H, W) input, got shape {x.shape}")
+        if not torch.jit.is_scripting():
+            y = self._fused(x)
+            if y is not None:
+                return y
         return channel_norm(self.bn(x), self.num_groups, self.weight, self.bias, self.eps)
+
+    @torch.jit.unused
+    def _fused(self, x: torch.Tensor) -> torch.Tensor | None:
+        # A graph that somebody else compiles or exports gets the composition: Inductor fuses it
+        # by itself, and a traced or exported graph should hold plain operations.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.numel() == 0:
+            return None
+        backend = backend_for(x.device)
+        if backend == "off" or not supports(x, self.weight.dtype):
+            return None
+        bn = _constant(self.bn)
+        if bn is None or bn.mean.dtype != self.weight.dtype:
+            return None
+        return fused_bcn(x, self.weight, self.bias, bn, self.eps, backend)
 
     def extra_repr(self) -> str:
         return (
             f"{self.num_channels}, num_groups={self.num_groups}, eps={self.eps:g}, "
-            f"statistics={self.statistics}"
+            f"statistics={self.statistics}, fused={requested_backend()}"
         )
+
+
+def _constant(bn: nn.Module) -> ConstantBatchNorm | None:
+    """The batch half, if autograd may take its statistics as constants, and nobody listens."""
+    if (
+        # PreciseBN counts samples by a hook on the batch norm, which must therefore be called.
+        bn._forward_hooks
+        or bn._forward_pre_hooks
+        or bn._backward_hooks
+        or bn._backward_pre_hooks
+        or nn_module._has_any_global_hook()
+    ):
+        return None
+    # By exact type: a subclass may normalize in another way.
+    if type(bn) is EstimatedBatchNorm2d:
+        return ConstantBatchNorm(bn, bn.momentum if bn.training and bn.updates() else None)
+    if type(bn) is FrozenBatchNorm2d:
+        return ConstantBatchNorm(bn, None)
+    plain = type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm, NaiveSyncBatchNorm)
+    if plain and not bn.training and bn.running_mean is not None:
+        return ConstantBatchNorm(bn, None)
+    return None

@@ -13,6 +13,7 @@ Deviations from the released code:
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 __all__ = ["EstimatedBatchNorm2d", "set_update_rate", "update_estimates"]
 
@@ -39,14 +40,18 @@ def update_estimates(
         batch_mean, batch_var: shape (C,): mean and biased variance (around ``batch_mean``).
         rate: update rate r in [0, 1].
     """
-    finite = (batch_mean.isfinite() & batch_var.isfinite()).all()
-    outright = num_batches == 0 if rate < 1 else torch.ones_like(finite)
-    delta = batch_mean - mean
-    step_mean = torch.where(outright, delta, rate * delta)
-    around_old_mean = batch_var + delta.square()
-    step_var = torch.where(outright, batch_var - var, rate * (around_old_mean - var))
-    mean.add_(torch.where(finite, step_mean, 0.0))
-    var.add_(torch.where(finite, step_var, 0.0))
+    # Written for few operations: on small maps their number is what the update costs.
+    total = (batch_mean + batch_var).sum()
+    finite = (total - total) == 0
+    new_mean, new_var = batch_mean, batch_var
+    if rate < 1:
+        delta = batch_mean - mean
+        outright = num_batches == 0
+        around_old_mean = torch.addcmul(batch_var - var, delta, delta)
+        new_mean = torch.where(outright, batch_mean, torch.add(mean, delta, alpha=rate))
+        new_var = torch.where(outright, batch_var, torch.add(var, around_old_mean, alpha=rate))
+    mean.copy_(torch.where(finite, new_mean, mean))
+    var.copy_(torch.where(finite, new_var, var))
     num_batches.add_(finite)
 
 
@@ -89,11 +94,17 @@ class EstimatedBatchNorm2d(nn.BatchNorm2d):
         Returns:
             Tensor of the shape and dtype of ``x``.
         """
-        if not self.training:
-            return super().forward(x)
+        if torch.jit.is_scripting():
+            # The update is not for scripts; without it training would not be this layer's.
+            assert not self.training, "script EstimatedBatchNorm2d in evaluation mode"
+        if torch.jit.is_scripting() or not self.training:
+            # The parent's forward spelled out, since a script has no super().
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
         self._check_input_dim(x)
         # numel() is a static shape check, not a device sync: an empty batch has no moments.
-        if x.numel() > 0 and self._updates():
+        if x.numel() > 0 and self.updates():
             self._update(x)
         scale, shift = self.scale_shift()
         y = x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
@@ -121,7 +132,8 @@ class EstimatedBatchNorm2d(nn.BatchNorm2d):
             state_dict.setdefault(prefix + "num_batches_tracked", torch.tensor(1))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _updates(self) -> bool:
+    def updates(self) -> bool:
+        """Whether a training forward moves the estimates."""
         return self.momentum > 0 and not (self.affine and not self.weight.requires_grad)
 
     @torch.no_grad()
