@@ -2,6 +2,7 @@
 
 import collections
 import io
+import os
 import pickle
 import runpy
 import struct
@@ -343,7 +344,14 @@ def run_tool(capsys, *args):
 def test_tool(good, tmp_path, capsys):
     target = tmp_path / "new" / "R-50.pth"
     command = [sys.executable, str(TOOL), str(good), str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
     for text in (
         "imagenet, bare state dict",
