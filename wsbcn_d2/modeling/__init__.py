@@ -6,10 +6,13 @@ from .backbone import (
     build_ws_retinanet_resnet_fpn_backbone,
 )
 from .build import standardize
+from .legacy import LegacyROIHeads, RoundedAnchorGenerator
 from .retinanet import WSRetinaNet, WSRetinaNetHead
 from .roi_heads import WSFastRCNNConvFCHead, WSMaskRCNNConvUpsampleHead, WSRes5ROIHeads
 
 __all__ = [
+    "LegacyROIHeads",
+    "RoundedAnchorGenerator",
     "WSFastRCNNConvFCHead",
     "WSMaskRCNNConvUpsampleHead",
     "WSRes5ROIHeads",
