@@ -6,13 +6,14 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 
+from .atomic import AtomicSaving
 from .errors import CheckpointError
 from .metadata import METADATA_KEY, Metadata
 from .reader import read_file, unwrap
 from .verify import LoadExpectation, check_conventions, check_coverage
 
 
-class WSBCNCheckpointer(DetectionCheckpointer):
+class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
     """A `DetectionCheckpointer` that refuses weights which would not do what they are loaded for.
 
     Refused, before the model is touched: weights that leave a part of the backbone untouched, with
@@ -67,9 +68,13 @@ class WSBCNCheckpointer(DetectionCheckpointer):
         super().save(name, **kwargs)
 
     def _load_file(self, filename):
-        if filename.endswith(".pyth"):  # pycls; Detectron2 knows these
-            return super()._load_file(filename)
         data = read_file(filename)
+        if filename.endswith(".pyth"):  # pycls; as Detectron2, but without its unpickling
+            state = data.get("model_state")
+            if not isinstance(state, dict):
+                raise CheckpointError(f"{filename}: pycls checkpoints have a 'model_state'")
+            state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+            return {"model": state, "__author__": "pycls", "matching_heuristics": True}
         if "model" not in data and not filename.endswith(".pkl"):
             data = {"model": unwrap(data).state if "state_dict" in data else data}
         elif filename.endswith(".pkl") and not ("model" in data and "__author__" in data):

@@ -9,11 +9,11 @@ from collections import OrderedDict
 from unittest import mock
 
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, HookBase, defaults, hooks
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, defaults, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 
-from ..checkpoint import LoadExpectation, WSBCNCheckpointer
+from ..checkpoint import CheckpointError, LoadExpectation, WSBCNCheckpointer
 from .evaluation import build_evaluator
 from .hooks import EstimateSync, UpdateRateSchedule
 
@@ -63,6 +63,41 @@ class Trainer(DefaultTrainer):
         after = next(i for i, hook in enumerate(result) if isinstance(hook, hooks.LRScheduler))
         result[after + 1 : after + 1] = ours
         return result
+
+    def train(self) -> OrderedDict | None:
+        """See :meth:`DefaultTrainer.train`; what stops training is what is raised.
+
+        On a full disk Detectron2's writers fail in turn while they are closed, and their error
+        would hide that of the checkpoint, which says what to do.
+        """
+        try:
+            return super().train()
+        except OSError as error:
+            first = error.__context__
+            if isinstance(first, CheckpointError):
+                raise first from first.__cause__
+            raise
+
+    def state_dict(self) -> dict:
+        """Iteration, hooks and ``_trainer``: optimizer and gradient scaler.
+
+        Detectron2 v0.6 leaves the last out: momentum would be lost by a resume, and the first
+        step after it would have the learning rate of iteration 0.
+        """
+        return {"_trainer": self._trainer.state_dict(), **super().state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restore :meth:`state_dict`, or with a warning one without ``_trainer``."""
+        inner = state_dict.get("_trainer")
+        if inner is None:
+            logging.getLogger(__name__).warning(
+                "The checkpoint has no optimizer state (a stock Detectron2 v0.6 trainer's has "
+                "none): momentum starts at zero"
+            )
+        else:
+            self._trainer.load_state_dict(inner)
+        # Not DefaultTrainer's, which on Detectron2's main branch insists on the optimizer.
+        TrainerBase.load_state_dict(self, state_dict)
 
     @classmethod
     def build_evaluator(

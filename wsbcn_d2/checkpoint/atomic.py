@@ -1,0 +1,140 @@
+"""Checkpoints that are whole or not there, whatever happens while one is written.
+
+fvcore writes a checkpoint straight into the file of its final name, and then the name into
+``last_checkpoint``, which it empties first. A kill or a full disk in between leaves half a file
+under a good name, or an empty ``last_checkpoint``, and the next ``--resume`` fails.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from typing import IO
+
+from .errors import CheckpointError
+from .reader import read_torch
+
+__all__ = ["PART_FILE", "AtomicSaving", "usable_checkpoints"]
+
+PART_FILE = ".saving.part"
+"""Name of the file being written; one that a kill left behind is overwritten by the next save."""
+
+
+class _AtomicWrites:
+    """A path manager whose written local files appear under their names when they are whole."""
+
+    def __init__(self, manager):
+        self._manager = manager
+
+    def __getattr__(self, name):
+        return getattr(self._manager, name)
+
+    def open(self, path: str, mode: str = "r", **kwargs):
+        if "w" not in mode or "://" in path:
+            return self._manager.open(path, mode, **kwargs)
+        return _replacing(path, mode)
+
+
+@contextlib.contextmanager
+def _replacing(path: str, mode: str) -> Iterator[IO]:
+    part = os.path.join(os.path.dirname(os.path.abspath(path)), PART_FILE)
+    try:
+        with open(part, mode) as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())  # before the rename: a power cut is a kill too
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # gives a full disk its space back
+            os.unlink(part)
+        raise
+
+
+def usable_checkpoints(folder: str, needed: Iterable[str] = ()) -> Iterator[str]:
+    """The whole checkpoints of a run, newest first.
+
+    Args:
+        folder: its ``OUTPUT_DIR``.
+        needed: what a checkpoint has to hold besides the model.
+
+    Yields:
+        paths of ``.pth`` files that can be read to the end.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        files = [entry for entry in os.scandir(folder) if entry.name.endswith(".pth")]
+        for entry in sorted(files, key=lambda entry: entry.stat().st_mtime_ns, reverse=True):
+            if _is_whole(entry.path, needed):
+                yield entry.path
+
+
+def _is_whole(path: str, needed: Iterable[str] = ()) -> bool:
+    try:
+        return {"model", *needed} <= set(read_torch(path))
+    except (CheckpointError, TypeError):
+        return False
+
+
+class AtomicSaving:
+    """Mixin before fvcore's ``Checkpointer``: atomic saving, and errors that name what is left."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.path_manager = _AtomicWrites(self.path_manager)
+
+    def save(self, name: str, **kwargs) -> None:
+        """As fvcore's; a failure leaves all earlier checkpoints, and ``last_checkpoint``, whole.
+
+        Raises:
+            CheckpointError: the file cannot be written (no space, no permission, ...).
+        """
+        try:
+            super().save(name, **kwargs)
+        except (OSError, RuntimeError) as error:
+            reason = _os_error(error)
+            if reason is None:
+                raise
+            usable = self._newest_usable()
+            left = f"go on with --resume from {usable}" if usable else "start again"
+            raise CheckpointError(
+                f"cannot save {os.path.join(self.save_dir, name)}.pth: "
+                f"{reason.strerror or reason}; mend that, then {left}"
+            ) from error
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
+        """As fvcore's.
+
+        Raises:
+            CheckpointError: when resuming, if ``last_checkpoint`` names no usable file; the
+                message names the newest that is.
+        """
+        try:
+            return super().resume_or_load(path, resume=resume)
+        except (CheckpointError, AssertionError, OSError) as error:
+            if not (resume and self.has_checkpoint()):
+                raise
+            last = self.get_checkpoint_file()
+            if _is_whole(last, self.checkpointables):  # so something else is wrong
+                raise
+            if os.path.isdir(last):
+                reason = f"{os.path.join(last, 'last_checkpoint')} is empty"
+            else:
+                reason = str(error) if isinstance(error, CheckpointError) else f"{last} not found"
+            usable = self._newest_usable()
+            mend = "no other checkpoint is whole: start again without --resume"
+            if usable:
+                tag = os.path.join(self.save_dir, "last_checkpoint")
+                name = os.path.basename(usable)
+                mend = f"{usable} is whole: to resume from it, echo {name} > {tag}"
+            raise CheckpointError(f"cannot resume: {reason}; {mend}") from error
+
+    def _newest_usable(self) -> str | None:
+        return next(usable_checkpoints(self.save_dir, self.checkpointables), None)
+
+
+def _os_error(error: BaseException) -> OSError | None:
+    """The operating system's refusal behind an error; torch reports its own failure over it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
