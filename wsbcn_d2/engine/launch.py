@@ -1,6 +1,7 @@
 """Starting the processes of a job: Detectron2's launcher, or torchrun's environment."""
 
 import os
+import tempfile
 from argparse import Namespace
 from collections.abc import Callable
 
@@ -29,8 +30,9 @@ def launch(main: Callable[[Namespace], object], args: Namespace) -> object:
     """Run ``main(args)`` in every process of the job.
 
     Under torchrun (or Slurm setting the same variables) this process is one of them: the process
-    group is made here, over NCCL with CUDA and gloo without. Otherwise Detectron2's own launcher
-    starts ``--num-gpus`` processes.
+    group is made here, over NCCL with CUDA and gloo without. Otherwise ``--num-gpus`` processes
+    are started: by Detectron2's own launcher, or here where there is no CUDA, which that of
+    v0.6 insists on.
 
     Args:
         main: takes ``args``.
@@ -39,7 +41,10 @@ def launch(main: Callable[[Namespace], object], args: Namespace) -> object:
     Returns:
         What ``main`` returned where it ran in this process, else None.
     """
-    if not _under_torchrun():
+    if _under_torchrun():
+        local = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        return _run_rank(main, args, *local)
+    if torch.cuda.is_available() or world_size_of(args) == 1:
         return launch_detectron2(
             main,
             args.num_gpus,
@@ -48,12 +53,39 @@ def launch(main: Callable[[Namespace], object], args: Namespace) -> object:
             dist_url=args.dist_url,
             args=(args,),
         )
-    local_rank = int(os.environ["LOCAL_RANK"])
+    with tempfile.TemporaryDirectory() as folder:
+        url = args.dist_url
+        if url == "auto" or args.num_machines == 1:  # no port that another job could hold
+            url = f"file://{folder}/rendezvous"
+        torch.multiprocessing.spawn(_cpu_rank, (main, args, url), nprocs=args.num_gpus)
+
+
+def _cpu_rank(
+    local_rank: int, main: Callable[[Namespace], object], args: Namespace, url: str
+) -> None:
+    _run_rank(
+        main,
+        args,
+        local_rank,
+        args.num_gpus,
+        init_method=url,
+        rank=args.machine_rank * args.num_gpus + local_rank,
+        world_size=world_size_of(args),
+    )
+
+
+def _run_rank(
+    main: Callable[[Namespace], object],
+    args: Namespace,
+    local_rank: int,
+    local_size: int,
+    **rendezvous,
+) -> object:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **rendezvous)
     try:
-        _create_local_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+        _create_local_group(local_size)
         comm.synchronize()
         return main(args)
     finally:
