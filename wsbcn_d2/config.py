@@ -32,6 +32,30 @@ def add_wsbcn_config(cfg: CfgNode) -> None:
     # Average the running estimates over all processes after every step.
     cfg.MODEL.BCN.SYNC_ESTIMATES = True
 
+    # Of META_ARCHITECTURE "ImageClassifier".
+    cfg.MODEL.CLASSIFIER = CfgNode()
+    # Outputs of the linear layer.
+    cfg.MODEL.CLASSIFIER.NUM_CLASSES = 1000
+    # Start every residual block as the identity: weight of its last norm zero (BCN: per group).
+    cfg.MODEL.CLASSIFIER.ZERO_INIT_LAST_NORM = False
+
+    # How images of classification data sets are cut to one size.
+    cfg.INPUT.CLASSIFICATION = CfgNode()
+    # Side of the square image that the model is given.
+    cfg.INPUT.CLASSIFICATION.SIZE = 224
+    # "random_resized": a part of CROP_SCALE of the area, resized; "pad": pad by PADDING, then crop.
+    cfg.INPUT.CLASSIFICATION.TRAIN_CROP = "random_resized"
+    # Smallest and largest share of the area for "random_resized".
+    cfg.INPUT.CLASSIFICATION.CROP_SCALE = (0.08, 1.0)
+    # Zeros on each side for "pad".
+    cfg.INPUT.CLASSIFICATION.PADDING = 4
+    # For testing, the shorter side becomes this, then the middle SIZE x SIZE is taken.
+    cfg.INPUT.CLASSIFICATION.RESIZE_TEST = 256
+
+    # Backward passes per step: SOLVER.IMS_PER_BATCH is split into so many micro-batches, whose
+    # gradients add up, so schedule and learning rate stay those of IMS_PER_BATCH.
+    cfg.SOLVER.ACCUMULATE = 1
+
 
 def get_cfg() -> CfgNode:
     """Detectron2's default config with this project's keys added.

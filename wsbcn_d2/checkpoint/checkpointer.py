@@ -9,6 +9,7 @@ from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from .atomic import AtomicSaving
 from .errors import CheckpointError
 from .metadata import METADATA_KEY, Metadata
+from .placement import place_backbone
 from .reader import read_file, unwrap
 from .verify import LoadExpectation, check_conventions, check_coverage
 
@@ -98,6 +99,7 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
             raise CheckpointError(f"{self._path}: {err}; is it a converted checkpoint?") from err
         if any(name.startswith("module.") for name in model):
             model = {name.removeprefix("module."): value for name, value in model.items()}
+        model = place_backbone(model, self.model.state_dict())
         recorded = checkpoint.get(METADATA_KEY)
         recorded = None if recorded is None else Metadata.from_dict(recorded)
         for line in check_conventions(model, recorded, self.expected, self._path):

@@ -113,9 +113,10 @@ def backbone_names(names) -> list[str]:
 
     Returns:
         those below ``backbone.bottom_up.``, else below ``backbone.`` and ``roi_heads.res5.``,
-        else all of a bare ResNet's, else none.
+        else all of a bare ResNet's, else none; without a classifier's linear layer, which is a
+        head.
     """
-    names = list(names)
+    names = [name for name in names if not name.startswith(("backbone.linear.", "linear."))]
     for prefixes in ((BOTTOM_UP,), ("backbone.", "roi_heads.res5.")):
         if any(name.startswith(prefixes[0]) for name in names):
             return [name for name in names if name.startswith(prefixes)]

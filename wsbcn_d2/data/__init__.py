@@ -1,5 +1,7 @@
 """Data sets that come with the package; importing this registers them and writes nothing."""
 
+from .classification import ClassificationMapper, classification_mapper, register_classification
+from .errors import ClassificationDataError
 from .shapes import (
     GENERATOR_VERSION,
     ShapesDataError,
@@ -14,12 +16,16 @@ from .shapes_render import Instance, render_scene
 
 __all__ = [
     "CLASSES",
+    "ClassificationDataError",
+    "ClassificationMapper",
     "GENERATOR_VERSION",
     "Instance",
     "ShapesDataError",
     "ShapesSpec",
+    "classification_mapper",
     "default_root",
     "ensure_shapes",
+    "register_classification",
     "register_shapes",
     "register_shapes_split",
     "render_scene",
@@ -27,3 +33,4 @@ __all__ = [
 ]
 
 register_shapes()
+register_classification()

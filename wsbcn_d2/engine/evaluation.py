@@ -16,6 +16,8 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 
+from .classification import TopKEvaluator
+
 __all__ = ["build_evaluator"]
 
 
@@ -35,6 +37,7 @@ _EVALUATORS = {
     "cityscapes_instance": [lambda name, folder: CityscapesInstanceEvaluator(name)],
     "cityscapes_sem_seg": [lambda name, folder: CityscapesSemSegEvaluator(name)],
     "pascal_voc": [lambda name, folder: PascalVOCDetectionEvaluator(name)],
+    "classification": [lambda name, folder: TopKEvaluator(name)],
     "lvis": [lambda name, folder: LVISEvaluator(name, output_dir=folder)],
 }
 

@@ -9,11 +9,14 @@ from collections import OrderedDict
 from unittest import mock
 
 from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, defaults, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 
 from ..checkpoint import CheckpointError, LoadExpectation, WSBCNCheckpointer
+from ..data import classification_mapper
+from .accumulate import accumulate
 from .evaluation import build_evaluator
 from .hooks import EstimateSync, UpdateRateSchedule
 
@@ -39,6 +42,19 @@ class Trainer(DefaultTrainer):
         """
         with _ddp_for(cfg.MODEL.DEVICE):
             super().__init__(cfg)
+        accumulate(self._trainer, cfg.SOLVER.ACCUMULATE)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode):
+        """Detectron2's loader; classification data sets are mapped by ``ClassificationMapper``."""
+        mapper = classification_mapper(cfg, cfg.DATASETS.TRAIN, is_train=True)
+        return build_detection_train_loader(cfg, mapper=mapper)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        """As :meth:`build_train_loader`, for testing."""
+        mapper = classification_mapper(cfg, [dataset_name], is_train=False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, and this project's right after the learning-rate scheduler.

@@ -6,11 +6,14 @@ from .backbone import (
     build_ws_retinanet_resnet_fpn_backbone,
 )
 from .build import standardize
+from .cifar_resnet import build_cifar_resnet_backbone, build_ws_cifar_resnet_backbone
+from .classifier import ImageClassifier
 from .legacy import LegacyROIHeads, RoundedAnchorGenerator
 from .retinanet import WSRetinaNet, WSRetinaNetHead
 from .roi_heads import WSFastRCNNConvFCHead, WSMaskRCNNConvUpsampleHead, WSRes5ROIHeads
 
 __all__ = [
+    "ImageClassifier",
     "LegacyROIHeads",
     "RoundedAnchorGenerator",
     "WSFastRCNNConvFCHead",
@@ -18,6 +21,8 @@ __all__ = [
     "WSRes5ROIHeads",
     "WSRetinaNet",
     "WSRetinaNetHead",
+    "build_cifar_resnet_backbone",
+    "build_ws_cifar_resnet_backbone",
     "build_ws_resnet_backbone",
     "build_ws_resnet_fpn_backbone",
     "build_ws_retinanet_resnet_fpn_backbone",
