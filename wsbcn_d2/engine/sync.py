@@ -6,7 +6,8 @@ off, so without this they would drift apart and a checkpoint would hold those of
 Because an update is linear in the batch's moments, the mean of the processes' updated estimates
 is exactly the update by the mean of their moments: what a collective in every layer would have
 stored, at one collective per step. The first batch is the exception: there the estimates *are*
-the moments, and the pooled variance also has the variance between the processes' means.
+the moments, and the pooled variance also has the variance between the processes' means. So it is
+with every batch at an update rate of 1.
 
 A process whose batch was empty contributes its unchanged estimates, or nothing before its first
 batch. A layer that runs several times per step (a head shared by FPN levels) makes second-order
@@ -22,7 +23,11 @@ __all__ = ["EstimateSynchronizer", "contribution", "merge"]
 
 
 def contribution(
-    mean: torch.Tensor, var: torch.Tensor, count: torch.Tensor, layer: torch.Tensor
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    count: torch.Tensor,
+    layer: torch.Tensor,
+    outright: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What one process adds to the sum over processes.
 
@@ -31,6 +36,8 @@ def contribution(
         count: shape (L,), int64: batches that each layer has seen. Before the step, the
             processes agreed on it.
         layer: shape (K,), int64: the layer of each channel.
+        outright: shape (L,), bool: layers whose update rate is 1, so that every batch sets their
+            estimates as the first one does; None: there are none.
 
     Returns:
         float64 vector of 3K + 3L sums-to-be, for :func:`merge`.
@@ -39,7 +46,8 @@ def contribution(
     seen = (count > 0).double()
     weight = seen[layer]
     moments = [weight * mean, weight * var, weight * mean.square()]
-    return torch.cat([*moments, seen, count.double(), (count > 1).double()])
+    later = count > 1 if outright is None else (count > 1) & ~outright
+    return torch.cat([*moments, seen, count.double(), later.double()])
 
 
 def merge(
@@ -62,7 +70,7 @@ def merge(
     seen, count, later = total[3 * channels :].view(3, num_layers)
     weight = seen.clamp(min=1)[layer]
     mean, var, square = mean / weight, var / weight, square / weight
-    # Between-process variance: only where every process that has seen a batch is at its first.
+    # Between-process variance: only where the batch set the estimates of every process.
     first = (later == 0)[layer]
     var = torch.where(first, var + (square - mean.square()).clamp(min=0), var)
     var = torch.where((seen == 0)[layer], torch.ones_like(var), var)
@@ -90,8 +98,13 @@ class EstimateSynchronizer:
         means = [norm.running_mean for norm in self._norms]
         variances = [norm.running_var for norm in self._norms]
         counts = [norm.num_batches_tracked for norm in self._norms]
+        outright = [norm.momentum >= 1 for norm in self._norms]
         total = contribution(
-            torch.cat(means), torch.cat(variances), torch.stack(counts), self._layer
+            torch.cat(means),
+            torch.cat(variances),
+            torch.stack(counts),
+            self._layer,
+            torch.tensor(outright, device=self._layer.device) if any(outright) else None,
         )
         dist.all_reduce(total)
         mean, var, count = merge(total, dist.get_world_size(), self._layer, len(self._norms))
