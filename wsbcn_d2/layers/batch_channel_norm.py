@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 
+from .backend import backend_for, requested_backend, supports
 from .estimated_batch_norm import EstimatedBatchNorm2d
-from .fused_bcn import ConstantBatchNorm, backend_for, fused_bcn, requested_backend, supports
+from .fused_bcn import ConstantBatchNorm, fused_bcn
 
 __all__ = ["BatchChannelNorm2d", "channel_norm"]
 

@@ -10,27 +10,20 @@ z = a (x - mean) + bn.bias is the output of the batch half, and e = E[z] - mu it
 the mean mu of its group, whose variance is E[a^2 v + e^2] and whose inverse deviation is r. With
 w, b the affine of the group, y = w r (a (x - m) + e) + b.
 
-:data:`BACKENDS` lists the ways to run it; ``WSBCN_FUSED`` in the environment chooses one.
+:data:`.backend.BACKENDS` lists the ways to run it.
 """
 
 import functools
 import logging
-import os
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from .estimated_batch_norm import update_estimates
 from .rows import affine_, combine, normalize, row_sums
 
-__all__ = ["BACKENDS", "ConstantBatchNorm", "backend_for", "fused_bcn", "requested_backend"]
-
-#: Values of ``WSBCN_FUSED``. ``native``: PyTorch's own norm kernels, nothing compiled.
-#: ``compile``: kernels that ``torch.compile`` makes at first use. ``off``: the readable form.
-#: ``auto``: ``compile`` on CUDA where Triton is installed, else ``native``.
-BACKENDS = ("auto", "native", "compile", "off")
+__all__ = ["ConstantBatchNorm", "fused_bcn"]
 
 _logger = logging.getLogger(__name__)
 
@@ -53,49 +46,6 @@ class ConstantBatchNorm:
         self.mean, self.var, self.eps = bn.running_mean, bn.running_var, bn.eps
         self.count = bn.num_batches_tracked if rate is not None else None
         self.rate = rate
-
-
-def requested_backend() -> str:
-    """The value of ``WSBCN_FUSED``, "auto" if unset.
-
-    Raises:
-        ValueError: if it is none of :data:`BACKENDS`.
-    """
-    backend = os.environ.get("WSBCN_FUSED") or "auto"
-    if backend not in BACKENDS:
-        raise ValueError(f"WSBCN_FUSED={backend!r}: use one of {', '.join(BACKENDS)}")
-    return backend
-
-
-@functools.lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    from torch.utils._triton import has_triton
-
-    return has_triton()
-
-
-def backend_for(device: torch.device) -> str:
-    """The backend that an input on ``device`` takes: "native", "compile" or "off"."""
-    backend = requested_backend()
-    if backend != "auto":
-        return backend
-    return "compile" if device.type == "cuda" and _has_triton() else "native"
-
-
-def supports(x: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether the fused form takes this input, with parameters of type ``dtype``.
-
-    It does not under function transforms and forward-mode differentiation, for tensor
-    subclasses, and for devices and types on which it has not been tried.
-    """
-    return (
-        type(x) in (torch.Tensor, nn.Parameter)
-        and x.device.type in ("cpu", "cuda")
-        and dtype in (torch.float32, torch.float64)
-        and (x.dtype == dtype or x.dtype in (torch.float16, torch.bfloat16))
-        and forward_ad._current_level < 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
 
 
 def fused_bcn(

@@ -41,11 +41,8 @@ def normalize(
     """
     n, c, h, w = x.shape
     if native:
-        y, mean, factor = torch.native_group_norm(
-            _rows(x), None, None, 1, n * c, h * w, n * c, _TINY
-        )
-        factor = factor.view(n, c)
-        return y.view(x.shape), mean.view(n, c), factor.pow(-2), factor
+        y, mean, factor = torch.native_group_norm(x, None, None, n, c, h * w, c, _TINY)
+        return y, mean, factor.pow(-2), factor
     if torch.compiler.is_compiling():
         var, mean = torch.var_mean(x, dim=(2, 3), correction=0)
         return x - _spread(mean), mean, var, None
@@ -65,7 +62,7 @@ def affine_(
     unused = scale.new_empty(0)
     torch.native_batch_norm(
         _rows(y), scale, shift, torch.zeros_like(scale), torch.ones_like(scale),
-        False, 0.0, 0.0, out=(_rows(y), unused, unused.clone()),
+        False, 0.0, 0.0, out=(_rows(y), unused, unused),
     )  # fmt: skip
     return y
 
@@ -78,7 +75,7 @@ def row_sums(
         product = (x - _spread(mean)).mul_(dy)
         return dy.sum(dim=(2, 3)), product.sum(dim=(2, 3))
     ones = torch.ones_like(mean).view(-1)
-    _, product, total = torch.ops.aten.native_batch_norm_backward(
+    _, product, total = torch.ops.aten.native_batch_norm_backward.default(
         _rows(dy), _rows(x), ones, None, None, mean.view(-1), ones, True, 0.0, [False, True, True]
     )
     return total.view_as(mean), product.view_as(mean)
@@ -93,9 +90,6 @@ def combine(
     native: bool,
 ) -> torch.Tensor:
     """scale * (dy - slope * x) + shift, in a new tensor."""
-    if not native:
-        out = torch.addcmul(dy, x, _spread(slope), value=-1)
-    else:
-        # Vectorized since only one of the operands is broadcast; with two it would not be.
-        out = torch.addcmul(_rows(dy), _rows(x), slope.view(1, -1, 1, 1), value=-1).view(x.shape)
+    # Vectorized since only one of the operands is broadcast; with two it would not be.
+    out = torch.addcmul(dy, x, _spread(slope), value=-1)
     return affine_(out, scale, shift, native)

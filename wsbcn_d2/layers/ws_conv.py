@@ -21,6 +21,8 @@ from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv
 from torch import nn
 from torch.nn import functional as F
 
+from .fused_ws import fused_standardize, takes
+
 __all__ = ["WS_FORMULAS", "WSConv2d", "standardize_weight"]
 
 #: Valid values of ``formula``: where epsilon stands and which variance is meant.
@@ -60,22 +62,37 @@ def standardize_weight(
     dtype = weight.dtype
     if dtype in (torch.float16, torch.bfloat16):
         weight = weight.float()
-    c_out = weight.shape[0]
+    # A filter's elements count alike, so a channels_last weight is standardized as it lies.
+    last = not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+    if last:
+        weight = weight.permute(0, 2, 3, 1)
+    filters = weight.reshape(weight.shape[0], fan_in)
+    if torch.jit.is_scripting():
+        out = standardize_filters(filters, formula, eps)
+    elif takes(filters):
+        out = fused_standardize(filters, formula, eps)
+    else:
+        out = standardize_filters(filters, formula, eps)
+    out = out.reshape(weight.shape)
+    if last:
+        out = out.permute(0, 3, 1, 2)
+    return out.to(dtype)
+
+
+def standardize_filters(filters: torch.Tensor, formula: str, eps: float) -> torch.Tensor:
+    """The readable form of :func:`standardize_weight`: rows of shape (C_out, n), float32 up."""
+    c_out, fan_in = filters.shape
     # Bessel's correction turns the biased variance v into v * correction.
     correction = fan_in / (fan_in - 1)
     if formula == "unbiased_std":
-        filters = weight.reshape(c_out, fan_in)
         centred = filters - filters.mean(dim=1, keepdim=True)
         norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
-        out = centred / (norm / math.sqrt(fan_in - 1) + eps)
-    else:
-        # A group norm with one group per filter is one fused kernel; written out, the same
-        # formula costs fifty times as much on a CPU.
-        scale = 1.0
-        if formula == "unbiased":
-            eps, scale = eps / correction, math.sqrt(1 / correction)
-        out = F.group_norm(weight.reshape(1, c_out, fan_in), c_out, eps=eps) * scale
-    return out.reshape(weight.shape).to(dtype)
+        return centred / (norm / math.sqrt(fan_in - 1) + eps)
+    # A group norm with one group per filter is one fused kernel.
+    scale = 1.0
+    if formula == "unbiased":
+        eps, scale = eps / correction, math.sqrt(1 / correction)
+    return F.group_norm(filters.reshape(1, c_out, fan_in), c_out, eps=eps)[0] * scale
 
 
 def _check_filters(weight: torch.Tensor, formula: str) -> int:
