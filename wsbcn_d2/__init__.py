@@ -16,6 +16,7 @@ except ImportError as error:
 from . import checkpoint as _checkpoint  # noqa: F401  (registers wsbcn:// names)
 from . import data as _data  # noqa: F401  (registers the shapes dataset)
 from .config import add_wsbcn_config, get_cfg
+from .folding import fold
 from .layers import (
     NORM_REGISTRY,
     BatchChannelNorm2d,
@@ -49,6 +50,7 @@ __all__ = [
     "build_ws_resnet_backbone",
     "build_ws_resnet_fpn_backbone",
     "build_ws_retinanet_resnet_fpn_backbone",
+    "fold",
     "get_cfg",
     "register_norms",
     "set_update_rate",

@@ -1,0 +1,63 @@
+#!/usr/bin/env python
+"""Fold a trained model for inference: weights standardized once, batch norms into convolutions.
+
+    tools/fold_checkpoint.py --config-file CONFIG --weights model_final.pth --output folded.pth
+    tools/fold_checkpoint.py --layout lazy --config-file CONFIG --weights ... --output ...
+
+Layouts:
+  stock  (default) loads in plain Detectron2 by the same config with NORM: "GN" and the stock
+         builders in place of build_ws_* and WS* names. GN and GN+WS models only.
+  lazy   loads in plain Detectron2 by a LazyConfig whose norms are, instead of "BCN",
+         lambda c: nn.Sequential(FrozenBatchNorm2d(c), nn.GroupNorm(32, c)). BCN models.
+  fold   the state dict of wsbcn_d2.fold(model), the fastest form. To load it:
+         model = wsbcn_d2.fold(build_model(cfg)); model.load_state_dict(torch.load(FILE)["model"])
+"""
+
+import argparse
+import os
+import sys
+
+import torch
+from detectron2.modeling import build_model
+
+from wsbcn_d2 import fold
+from wsbcn_d2.checkpoint import CheckpointError, LoadExpectation, WSBCNCheckpointer
+from wsbcn_d2.engine import UsageError, load_config
+from wsbcn_d2.folding import lazy_state_dict, stock_state_dict
+
+_LAYOUTS = {
+    "stock": stock_state_dict,
+    "lazy": lazy_state_dict,
+    "fold": lambda model: fold(model).state_dict(),
+}
+
+
+def main(argv=None) -> int:
+    """Runs the tool; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, help="config of the trained model")
+    parser.add_argument("--weights", required=True, help="its checkpoint")
+    parser.add_argument("--output", required=True, help="file to write (.pth)")
+    parser.add_argument("--layout", choices=_LAYOUTS, default="stock")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides: KEY VALUE ...")
+    args = parser.parse_args(argv)
+    if os.path.abspath(args.output) == os.path.abspath(args.weights):
+        parser.error("--output would overwrite --weights")
+    try:
+        cfg = load_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
+        model = build_model(cfg)
+        checkpointer = WSBCNCheckpointer(model, expected=LoadExpectation.from_cfg(cfg))
+        checkpointer.load(args.weights)
+        state = _LAYOUTS[args.layout](model)
+        torch.save({"model": state, "__author__": "wsbcn_d2"}, args.output)
+    except (CheckpointError, UsageError, OSError, ValueError) as error:
+        print(f"fold_checkpoint: {error}", file=sys.stderr)
+        return 1
+    print(f"written {args.output}: {len(state)} tensors, layout {args.layout}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
