@@ -71,6 +71,9 @@ def test_features_equal_the_sources(name):
         assert error(model(image)["res5"], want[-1]) > 1e-2
         ours.set_formula(model, ours.FORMULA[net.ws])
         model.float()
+        single = {n: v.float() if v.is_floating_point() else v for n, v in state.items()}
+        own = error(src.resnet_forward(single, net, image.float())[-1], want[-1])
+        assert error(model(image.float())["res5"], want[-1]) < 1.5 * own
         for block, given, expected in trace:
             assert error(model.get_submodule(block)(given.float()), expected) < 1e-6, block
 

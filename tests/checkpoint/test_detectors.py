@@ -52,6 +52,9 @@ def test_outputs_equal_the_sources(kind, mask):
     assert report.detector == ("mask_rcnn" if mask else "faster_rcnn")
     assert report.metadata.ws_formula == "unbiased_std"
     assert report.metadata.input_format == ("BGR" if kind == "mrb" else "RGB")
+    lines = report.config_lines()
+    assert 'MODEL.ROI_BOX_HEAD.NAME: "WSFastRCNNConvFCHead"' in lines
+    assert f"MODEL.MASK_ON: {mask}" in lines
 
     model = ours.Parts(ours.config(formula="unbiased_std", mask=mask)).double()
     model.load_state_dict(converted, strict=True)
@@ -295,6 +298,8 @@ def test_detectron2_names_and_targets():
     assert {"backbone.stem.conv1.weight", "roi_heads.res5.0.conv1.weight"} < set(c4)
     back, _ = convert(c4, Options(target="resnet"))
     assert set(back) == set(bare)
+    with pytest.raises(CheckpointError, match="1 keys are no part of a ResNet: surprise.weight"):
+        convert(zoo | {"surprise.weight": torch.zeros(1)})
     detector, _ = convert(rows("mmdet2"))
     with pytest.raises(CheckpointError, match="heads of this fpn detector do not fit a c4"):
         convert(detector, Options(target="c4"))

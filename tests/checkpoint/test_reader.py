@@ -308,6 +308,7 @@ def test_missing_extra_and_transposed(state, change, match):
         ("patch_embed.backbone.stages.0.blocks.0.conv1.weight", "pre-activation"),
         ("stages.0.0.conv1.gain", "NFNets"),
         ("aspp.conv1.weight", "ASPP"),
+        ("layer1.0.conv1.weight_gamma", "ConvAWS"),
         ("bbox_head.retina_cls.weight", "one-stage"),
     ],
 )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .errors import CheckpointError
+from .errors import CheckpointError, shortened
 from .formats import FORMATS, detect_format, presume_formula, presume_pixels
 from .imagenet import to_authors_names
 from .layout import BOTTOM_UP, check_shapes, detector_shapes, infer_backbone, split_backbone
@@ -83,6 +83,8 @@ def convert(
     backbone = {bare: mapped.state.pop(name) for bare, name in names.items()}
     origin = {bare: mapped.sources.get(name) for bare, name in names.items()}
     rest = mapped.state
+    if kind == "bare" and rest:
+        raise CheckpointError(f"{len(rest)} keys are no part of a ResNet: {shortened(rest)}")
     notes = [*source.notes, *mapped.notes]
 
     layout = infer_backbone(backbone)

@@ -92,7 +92,7 @@ _UNSUPPORTED = {  # a key's pattern -> why such files cannot be used
     ),
     r"stages\.\d+\.\d+\.conv1\.gain": "NFNets have scaled convolutions and no norm",
     r"aspp\..+|.*\.aspp\..+": "a segmentation network with ASPP: only its backbone exists here",
-    r".*\.(gn|bn|norm)\d\.running_var_b|.*conv\d\.weight_(gamma|beta)": "ConvAWS is not supported",
+    r".*\.weight_(gamma|beta)": "ConvAWS (DetectoRS) has weights that no WS formula here has",
     r"bbox_head\.retina_cls\.weight": "mmdetection's one-stage detectors are not supported",
 }
 

@@ -59,13 +59,32 @@ class ConversionReport:
             if standardized:
                 lines.append(f'MODEL.WS.FORMULA: "{meta.ws_formula}"')
             if self.detector:
-                lines.append(f'MODEL.FPN.NORM: "{meta.norm}"')
+                lines += self._detector_lines(standardized)
         if meta.input_format:
             lines += [
                 f'INPUT.FORMAT: "{meta.input_format}"',
                 f"MODEL.PIXEL_MEAN: {list(meta.pixel_mean)}",
                 f"MODEL.PIXEL_STD: {list(meta.pixel_std)}",
             ]
+        return lines
+
+    def _detector_lines(self, standardized):
+        norm, ws = self.metadata.norm, "WS" if standardized else ""
+        mask = self.detector == "mask_rcnn"
+        lines = [
+            f"MODEL.MASK_ON: {mask}",
+            f'MODEL.FPN.NORM: "{norm}"',
+            f'MODEL.ROI_BOX_HEAD.NAME: "{ws}FastRCNNConvFCHead"',
+            f'MODEL.ROI_BOX_HEAD.NORM: "{norm}"',
+        ]
+        if mask:
+            lines += [
+                f'MODEL.ROI_MASK_HEAD.NAME: "{ws}MaskRCNNConvUpsampleHead"',
+                f'MODEL.ROI_MASK_HEAD.NORM: "{norm}"',
+            ]
+        if self.format in ("mrb", "mmdet"):
+            family = "authors" if self.format == "mrb" else "mmdet"
+            lines.append(f"(the rest: configs/published/Base-{family}-GN-WS.yaml)")
         return lines
 
     def lines(self) -> list[str]:
