@@ -31,6 +31,9 @@ def add_wsbcn_config(cfg: CfgNode) -> None:
     cfg.MODEL.BCN.UPDATE_RATE_SCHEDULE = "constant"
     # Average the running estimates over all processes after every step.
     cfg.MODEL.BCN.SYNC_ESTIMATES = True
+    # Every how many iterations to log how close the channels of all norms, whatever their kind,
+    # are to elimination singularities (wsbcn_d2.engine.ChannelMonitor); 0: never.
+    cfg.MODEL.BCN.MONITOR_PERIOD = 0
 
     # Of META_ARCHITECTURE "ImageClassifier".
     cfg.MODEL.CLASSIFIER = CfgNode()

@@ -19,6 +19,7 @@ from ..data import classification_mapper
 from .accumulate import accumulate
 from .evaluation import build_evaluator
 from .hooks import EstimateSync, UpdateRateSchedule
+from .monitor import ChannelMonitor
 
 __all__ = ["Trainer"]
 
@@ -75,6 +76,8 @@ class Trainer(DefaultTrainer):
         ]
         if self.cfg.MODEL.BCN.SYNC_ESTIMATES:
             ours.append(EstimateSync())
+        if self.cfg.MODEL.BCN.MONITOR_PERIOD:
+            ours.append(ChannelMonitor(self.cfg.MODEL.BCN.MONITOR_PERIOD))
         result = super().build_hooks()
         after = next(i for i, hook in enumerate(result) if isinstance(hook, hooks.LRScheduler))
         result[after + 1 : after + 1] = ours
