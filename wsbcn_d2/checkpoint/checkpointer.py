@@ -2,7 +2,6 @@
 
 from urllib.parse import parse_qs
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 
@@ -112,7 +111,6 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
                 c2_conversion=checkpoint.get("__author__") == "Caffe2",
             )
         found, total = check_coverage(self.model, model, self._path)
-        self._keep_estimates(model)
         self.logger.info(f"{found} of the model's {total} parameters and buffers are in the file")
         checkpoint["model"] = model
         incompatible = super()._load_model(checkpoint)
@@ -120,10 +118,3 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
             # A counter that frozen norms do not keep.
             names[:] = [name for name in names if not name.endswith("num_batches_tracked")]
         return incompatible
-
-    def _keep_estimates(self, state):
-        """Loaded estimates without their counter (a frozen stage's) count as set, see BCN."""
-        for name in self.model.state_dict():
-            stem, is_counter, _ = name.rpartition("num_batches_tracked")
-            if is_counter and name not in state and f"{stem}running_mean" in state:
-                state[name] = torch.ones((), dtype=torch.int64)
