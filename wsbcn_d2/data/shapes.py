@@ -24,7 +24,7 @@ from pycocotools import mask as mask_util
 from .shapes_outline import CLASSES
 from .shapes_render import Instance, render_scene
 
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 3
 """Counts up whenever the renderer's output changes; part of the folder's name."""
 
 DEFAULT_SPLITS: dict[str, int] = {"train": 1600, "val": 200}

@@ -83,7 +83,8 @@ class PlacedShape:
 
     def __init__(self, rng: np.random.Generator, category: int, radius: float):
         self.category, self.radius = category, radius
-        turn, stretch = rng.uniform(0, 2 * np.pi), np.exp(rng.uniform(-0.16, 0.16))
+        # Upright, give or take half a radian, as things in photographs mostly are.
+        turn, stretch = rng.uniform(-0.5, 0.5), np.exp(rng.uniform(-0.16, 0.16))
         shear = rng.uniform(-0.15, 0.15)
         cos, sin = np.cos(turn), np.sin(turn)
         rotation = np.array([[cos, -sin], [sin, cos]])

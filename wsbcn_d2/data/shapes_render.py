@@ -103,7 +103,7 @@ def render_scene(
     size: tuple[int, int],
     *,
     num_objects: tuple[int, int] = (1, 5),
-    scale: tuple[float, float] = (0.2, 0.6),
+    scale: tuple[float, float] = (0.25, 0.6),
     categories: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, list[Instance]]:
     """Draws one scene.

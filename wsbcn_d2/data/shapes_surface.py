@@ -13,7 +13,7 @@ PATTERNS: tuple[str, ...] = ("dots", "checks", "stripes", "marble", "clouds", "w
 EXPONENTS = (1.0, 1.1, 1.2)
 """Exponents of the surfaces' spectra, by amplitude; photographs lie around 1."""
 
-TYPICAL_PATTERN_RATE = 0.75
+TYPICAL_PATTERN_RATE = 0.9
 
 
 @functools.lru_cache(maxsize=256)
