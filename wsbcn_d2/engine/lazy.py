@@ -78,6 +78,8 @@ def _check_keys(cfg: DictConfig, overrides: list[str]) -> None:
     absent = object()
     for text in overrides:
         key = text.partition("=")[0]
+        if key.startswith("-"):
+            raise UsageError(f"command-line override: {text!r}: options go before KEY=VALUE pairs")
         if key.startswith("+") or OmegaConf.select(cfg, key, default=absent) is not absent:
             continue
         parent, _, name = key.rpartition(".")
