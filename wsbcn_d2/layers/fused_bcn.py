@@ -143,11 +143,12 @@ class _Compiled:
     """The two passes through ``torch.compile``, once per process, for every shape."""
 
     broken = False
+    options = {"dynamic": True}
 
-    @staticmethod
+    @classmethod
     @functools.lru_cache(maxsize=1)
-    def passes():
-        return torch.compile(_forward, dynamic=True), torch.compile(_backward, dynamic=True)
+    def passes(cls):
+        return torch.compile(_forward, **cls.options), torch.compile(_backward, **cls.options)
 
 
 def _run(index: int, backend: str, *args):
