@@ -14,6 +14,8 @@ import sys
 
 from detectron2.config import instantiate
 from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from wsbcn_d2.checkpoint import CheckpointError, WSBCNCheckpointer
 from wsbcn_d2.data import ShapesDataError
@@ -25,6 +27,8 @@ def main(args):
     """One process of the job."""
     cfg = lazy.load_lazy_config(args.config_file, args.opts)
     default_setup(cfg, args)
+    # default_setup sets up the loggers of Detectron2 and fvcore alone.
+    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="wsbcn_d2")
     if cfg.train.device == "cpu":
         logging.getLogger("wsbcn_d2").info("Running on the CPU")
     if not args.eval_only:

@@ -15,6 +15,7 @@ import sys
 from detectron2.engine import default_argument_parser, default_setup, hooks
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
 from wsbcn_d2.checkpoint import CheckpointError, LoadExpectation, WSBCNCheckpointer
 from wsbcn_d2.data import ShapesDataError
@@ -26,6 +27,8 @@ def main(args):
     """One process of the job."""
     cfg = load_config(args.config_file, args.opts)
     default_setup(cfg, args)
+    # default_setup sets up the loggers of Detectron2 and fvcore alone.
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="wsbcn_d2")
     if cfg.MODEL.DEVICE == "cpu":
         logging.getLogger("wsbcn_d2").info("Running on the CPU")
     if args.eval_only:
