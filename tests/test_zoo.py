@@ -13,6 +13,7 @@ from detectron2.solver import build_optimizer
 from torch import nn
 
 from wsbcn_d2 import BatchChannelNorm2d, EstimatedBatchNorm2d, WSConv2d, get_cfg
+from wsbcn_d2.checkpoint.catalog import CATALOG
 from wsbcn_d2.engine import lazy
 
 # Of each name there is one file for 1 and one for 2 images per GPU. Convolutions with a norm, as
@@ -167,7 +168,7 @@ def expected_protocol(name, weights):
 def check_weights_name(weights, name):
     """The weights are those of the backbone and of the variant."""
     backbone = "-".join(name.split("rcnn_")[-1].removeprefix("retinanet_").split("_")[:2])
-    norm, formula = ROWS[name[: -len("_1img")]][1:3]
+    _, norm, formula, pixels, _ = ROWS[name[: -len("_1img")]]
     if "scratch" in name:
         assert weights == ""
     elif norm in ("SyncBN", "FrozenBN"):
@@ -177,6 +178,11 @@ def check_weights_name(weights, name):
         stem = weights.rsplit("/", 1)[1].replace("-32x4d", "").removesuffix(".pth")
         assert stem == f"{backbone}-{kind}"
         assert weights.startswith(("wsbcn://", "catalog://", "weights/"))
+    if weights.startswith("wsbcn://"):
+        entry = CATALOG[weights.removeprefix("wsbcn://")]
+        assert (entry.norm, entry.formula) == (norm, "none" if formula == "-" else formula)
+        assert entry.pixels.input_format == pixels
+        assert (list(entry.pixels.pixel_mean), list(entry.pixels.pixel_std)) == PIXELS[pixels]
 
 
 def check_layers(model, name):
