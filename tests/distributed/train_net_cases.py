@@ -1,0 +1,90 @@
+"""tools/train_net.py on one or two CPU processes, on the same two images in every step.
+
+    [torchrun ...] train_net_cases.py FOLDER CASE[,CASE...] [arguments of train_net.py]
+
+What is random in Detectron2's training loop is taken out: sampling of anchors and proposals (the
+first ones are taken), data order (the set has as many images as the step) and augmentation.
+Each case's final checkpoint is FOLDER/CASE/model_final.pth.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+from detectron2.data import DatasetCatalog
+
+from wsbcn_d2 import data
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+from conftest import TINY  # noqa: E402
+
+NORMS = [f"MODEL.{part}.NORM" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")]
+
+
+def norm(name):
+    return [text for key in NORMS for text in (key, name)]
+
+
+CASES = {
+    "start": ["SOLVER.MAX_ITER", "1", "SOLVER.BASE_LR", "0.0"],
+    "gn": [*norm("GN"), "SOLVER.MAX_ITER", "2"],
+    "fixed": ["MODEL.BCN.UPDATE_RATE", "0.0", "SOLVER.MAX_ITER", "2"],
+    "sync": [*norm("SyncBCN"), "SOLVER.MAX_ITER", "1"],
+    "bcn": ["SOLVER.MAX_ITER", "1"],
+    "bcn_alone": ["SOLVER.MAX_ITER", "1", "MODEL.BCN.SYNC_ESTIMATES", "False"],
+}
+
+
+def load_train_net():
+    spec = importlib.util.spec_from_file_location("train_net", ROOT / "tools" / "train_net.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def prepare(folder):
+    """In every process: the data set, and samplers that take what comes first."""
+    torch.set_num_threads(1)
+    data.register_shapes_split("two_images", folder, num_images=2, seed=3, image_size=(64, 64))
+    torch.randperm = lambda n, device=None, **_: torch.arange(n, device=device)
+    for record in DatasetCatalog.get("two_images"):  # so that both have two positives
+        assert len(record["annotations"]) >= 2
+
+
+def run_cases(args):
+    prepare(args.folder)
+    train_net = load_train_net()
+    common = list(args.opts)
+    for case in args.cases:
+        args.opts = [*common, *CASES[case], "OUTPUT_DIR", str(Path(args.folder) / case)]
+        train_net.main(args)
+
+
+def main():
+    folder, cases = sys.argv[1:3]
+    prepare(folder)
+    train_net = load_train_net()
+    launch = train_net.launch
+
+    def launch_cases(_, args):
+        args.folder, args.cases = folder, cases.split(",")
+        return launch(run_cases, args)
+
+    train_net.launch = launch_cases
+    options = [
+        *TINY,
+        *("DATASETS.TRAIN", "('two_images',)", "DATASETS.TEST", "()", "SEED", "7"),
+        *("DATALOADER.ASPECT_RATIO_GROUPING", "False", "INPUT.RANDOM_FLIP", "none"),
+        *("INPUT.MIN_SIZE_TRAIN", "(64,)", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.STEPS", "()"),
+        *("SOLVER.BASE_LR", "0.02", "SOLVER.WARMUP_ITERS", "0", "TEST.EVAL_PERIOD", "0"),
+        *("MODEL.ROI_HEADS.POSITIVE_FRACTION", "0.25", "MODEL.BCN.UPDATE_RATE", "0.1"),
+    ]
+    config = str(ROOT / "configs" / "shapes" / "mask_rcnn_R_18_FPN_bcn_ws.yaml")
+    sys.argv = ["train_net.py", "--config-file", config, *sys.argv[3:], *options]
+    return train_net.cli()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
