@@ -1,0 +1,131 @@
+"""``tools/compare.py`` from the command line to the report."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TINY
+from wsbcn_d2 import EstimatedBatchNorm2d
+from wsbcn_d2.engine import Trainer
+from wsbcn_d2.study import find_records, write_record
+from wsbcn_d2.study.child import hardware, skip_first_batch_init
+
+from .helpers import make_record
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "compare.py"
+
+
+@pytest.fixture(scope="module")
+def compare():
+    spec = importlib.util.spec_from_file_location("compare", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (["--variants", "nosuch"], "not found"),
+        (["--variants", "gn", "MODEL.NO_SUCH", "1"], "MODEL.NO_SUCH"),
+        (["--variants", "gn", "--jobs", "0"], "--jobs"),
+        (["--variants", "gn", "--sweep", "SOLVER.BASE_LR", "--jobs", "1"], "at least one value"),
+        (["--variants", "gn", "--dataset-test", "no_such_set"], "not registered"),
+        (["--variants", "gn", "--import", "no_such_module"], "no_such_module"),
+        (["--variants", "gn", "--report-only"], "no run has finished"),
+    ],
+)
+def test_wrong_input_is_answered_with_one_line(
+    compare, options, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    output = tmp_path / "study"
+    cut = next((i for i, o in enumerate(options) if o.startswith("MODEL")), len(options))
+    argv = [*options[:cut], "--output", str(output), *options[cut:]]
+    assert compare.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+    assert not output.exists()
+
+
+def test_a_report_from_records_of_another_machine(compare, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    argv = ["--variants", "gn", "bcn", "--seeds", "1", "2", "--output", str(tmp_path / "here")]
+    argv += ["--records", str(tmp_path / "there"), "--report-only"]
+    for run in compare.plan(compare.parse(argv))[:3]:
+        settings = {k: v for k, v in run.settings.items() if k != "SEED"}
+        record = make_record(run.variant, seed=run.seed, settings=settings)
+        write_record(record, tmp_path / "there" / f"{run.name}.json")
+    assert compare.main(argv) == 0
+    said = capsys.readouterr().out
+    assert "4 runs, 3 of them finished already" in said and "| gn | 1 | 10.0 ± 0.0 |" in said
+    assert "bcn_1img_seed2" in (tmp_path / "here" / "report.html").read_text()  # not run yet
+
+
+def test_first_batch_initialisation_can_be_switched_off(tiny_cfg):
+    def counts():
+        model = Trainer.build_model(tiny_cfg())
+        norms = [m for m in model.modules() if isinstance(m, EstimatedBatchNorm2d)]
+        return {int(norm.num_batches_tracked) for norm in norms}
+
+    assert counts() == {0}
+    try:
+        skip_first_batch_init()
+        assert counts() == {1}
+    finally:
+        del Trainer.build_model  # the parent's shows again
+    assert counts() == {0}
+
+
+def test_hardware_is_one_line():
+    assert hardware() and "\n" not in hardware()
+
+
+@pytest.mark.slow
+def test_a_small_study_from_end_to_end(tmp_path):
+    """Two variants really trained, then the same command again."""
+    (tmp_path / "tiny_sets.py").write_text(
+        "from wsbcn_d2.data import register_shapes_split as add\n"
+        "for split in ('train', 'val'):\n"
+        "    add(f'tiny_{split}', 'sets', split, num_images=4, image_size=(64, 80))\n"
+    )
+    command = [sys.executable, str(TOOL), "--variants", "gn", "bcn_ws", "--seeds", "1"]
+    command += ["--import", "tiny_sets", "--dataset-train", "tiny_train"]
+    command += ["--dataset-test", "tiny_val", "--max-iter", "4", "--evaluations", "2"]
+    command += ["--monitor-period", "2", "--pictures", "1", "--output", "out", *TINY]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+    def study():
+        done = subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900
+        )
+        logs = "".join(p.read_text()[-3000:] for p in tmp_path.glob("out/runs/*/output.txt"))
+        assert done.returncode == 0, done.stderr[-3000:] + logs
+        return done.stdout
+
+    assert "2 runs, 0 of them finished already" in study()
+    records = {record["variant"]: record for record in find_records(tmp_path / "out" / "records")}
+    assert set(records) == {"gn", "bcn_ws"}
+    for variant, record in records.items():
+        assert set(record["ap"]) == {"bbox", "segm"}
+        assert [point[0] for point in record["ap"]["bbox"]] == [2, 4]
+        assert record["memory_mb"] > 100 and record["wall_seconds"] > 0
+        assert record["step_seconds"] > 0 and record["train_seconds"] > 0
+        errors = [name for name in record["channels"] if "estimate_error" in name]
+        assert bool(errors) == (variant == "bcn_ws")
+        assert "channels/mask_head/inactive_max" in record["channels"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/jpeg") == 3  # truth and two predictions
+    assert not list(tmp_path.rglob("*.pth"))
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("out/r*/**/*.json*")}
+    assert "2 runs, 2 of them finished already" in study()
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert json.loads(next(tmp_path.glob("out/records/*.json")).read_text())["git"]

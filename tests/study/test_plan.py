@@ -1,0 +1,166 @@
+"""What a plan's runs are, and which records stand for them."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from wsbcn_d2.config import get_cfg
+from wsbcn_d2.engine import UsageError, load_config
+from wsbcn_d2.study import find_records, make_plan, matching, write_record
+from wsbcn_d2.study.plan import default_of, flatten, label_configs
+
+from .helpers import make_record
+
+SHAPES = Path(__file__).resolve().parents[2] / "configs" / "shapes"
+VARIANTS = ("bn", "gn", "gn_ws", "bcn", "bcn_ws")
+CONFIGS = {name: str(SHAPES / f"mask_rcnn_R_18_FPN_{name}.yaml") for name in VARIANTS}
+PARTS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+NORMS = {f"MODEL.{part}.NORM" for part in PARTS}
+NAMES = {f"MODEL.{part}.NAME" for part in ("BACKBONE", "ROI_BOX_HEAD", "ROI_MASK_HEAD")}
+
+
+@pytest.mark.parametrize("one,other", itertools.combinations(VARIANTS, 2))
+def test_shapes_variants_differ_in_norm_and_convolution_lines_alone(one, other):
+    left, right = (flatten(load_config(CONFIGS[name])) for name in (one, other))
+    differ = {key for key in left.keys() | right.keys() if left.get(key) != right.get(key)}
+    norm = {name: name.removesuffix("_ws") for name in (one, other)}
+    expected = set() if norm[one] == norm[other] else set(NORMS)
+    if one.endswith("_ws") != other.endswith("_ws"):
+        expected |= NAMES
+    assert differ == expected
+    for key in differ & NAMES:  # the same component, with and without WS
+        names = {value.removeprefix("WS").replace("_ws_", "_") for value in (left[key], right[key])}
+        assert len(names) == 1
+
+
+def test_seeds_come_before_variants():
+    runs = make_plan(
+        {k: CONFIGS[k] for k in ("gn", "bcn_ws")}, images_per_step=[1, 2], seeds=[5, 6]
+    )
+    found = [(run.seed, run.images_per_step, run.variant) for run in runs]
+    assert found == list(itertools.product([5, 6], [1, 2], ["gn", "bcn_ws"]))
+    assert len({run.name for run in runs}) == len(runs)
+
+
+def test_every_run_sees_the_same_images_at_a_rate_per_image():
+    opts = ["SOLVER.BASE_LR", "0.01", "SOLVER.MAX_ITER", "2500", "SOLVER.STEPS", "(2000, 2300)"]
+    opts += ["SOLVER.WARMUP_ITERS", "200"]
+    one, two = make_plan(
+        {"gn": CONFIGS["gn"]}, images_per_step=[1, 2], max_iter=1000, evaluations=4, opts=opts
+    )
+    a, b = (load_config(run.config_file, run.overrides) for run in (one, two))
+    assert (a.SOLVER.IMS_PER_BATCH, b.SOLVER.IMS_PER_BATCH) == (1, 2)
+    assert b.SOLVER.BASE_LR == 2 * a.SOLVER.BASE_LR == pytest.approx(0.02)
+    assert (a.SOLVER.MAX_ITER, b.SOLVER.MAX_ITER) == (1000, 500)
+    assert (a.SOLVER.STEPS, b.SOLVER.STEPS) == ((800, 920), (400, 460))
+    assert (a.SOLVER.WARMUP_ITERS, b.SOLVER.WARMUP_ITERS) == (80, 40)
+    assert (a.TEST.EVAL_PERIOD, b.TEST.EVAL_PERIOD) == (250, 125)
+
+
+def test_a_very_short_schedule_has_no_step_at_its_end():
+    opts = ["SOLVER.MAX_ITER", "100", "SOLVER.STEPS", "(75, 92)"]
+    (run,) = make_plan({"gn": CONFIGS["gn"]}, max_iter=4, opts=opts)  # 0.92 x 4 rounds to 4
+    assert load_config(run.config_file, run.overrides).SOLVER.STEPS == (3,)
+
+
+def test_the_overrides_make_the_config_that_the_settings_describe():
+    (run,) = make_plan(
+        {"gn": CONFIGS["gn"]}, images_per_step=[2], seeds=[9], opts=["SOLVER.BASE_LR", "0.03"]
+    )
+    cfg = flatten(load_config(run.config_file, run.overrides))
+    assert all(cfg[key] == value for key, value in run.settings.items())
+    assert run.settings["SOLVER.BASE_LR"] == pytest.approx(0.06)
+    changed = {k for k, v in cfg.items() if v != default_of(k)} - run.settings.keys()
+    assert changed <= {"OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS"} | {
+        "SOLVER.CHECKPOINT_PERIOD"
+    }
+
+
+def test_sweeps_multiply_where_they_have_an_effect():
+    keys = [
+        ("MODEL.BCN.UPDATE_RATE", ["0.1", "0.01"]),
+        ("MODEL.BCN.UPDATE_RATE_SCHEDULE", ["constant", "lr"]),
+    ]
+    runs = make_plan(
+        {k: CONFIGS[k] for k in ("gn", "bcn_ws")}, sweeps=keys, first_batch_init=[True, False]
+    )
+    labels = [run.variant for run in runs]
+    assert len([label for label in labels if label.startswith("bcn_ws")]) == 2 * 2 * 2
+    assert "bcn_ws UPDATE_RATE=0.1 UPDATE_RATE_SCHEDULE=lr no-first-batch-init" in labels
+    assert len([label for label in labels if label.startswith("gn")]) == 1  # it has no estimates
+    off = [run for run in runs if not run.first_batch_init]
+    assert len(off) == 4
+    assert all(run.settings["study.first_batch_init"] is False for run in off)
+
+
+def test_moving_a_default_of_bcn_leaves_gn_runs_finished(monkeypatch):
+    configs = {k: CONFIGS[k] for k in ("gn", "bcn_ws")}
+    records = [make_record(run.variant, settings=run.settings) for run in make_plan(configs)]
+    assert all(matching(run, records) for run in make_plan(configs))
+
+    def moved():
+        cfg = get_cfg()
+        cfg.MODEL.BCN.UPDATE_RATE = 0.005
+        return cfg
+
+    monkeypatch.setattr("wsbcn_d2.engine.config.get_cfg", moved)
+    monkeypatch.setattr("wsbcn_d2.study.plan._defaults", flatten(moved()))
+    found = {run.variant: matching(run, records) is not None for run in make_plan(configs)}
+    assert found == {"gn": True, "bcn_ws": False}
+
+
+@pytest.mark.parametrize(
+    "change", [["SOLVER.MOMENTUM", "0.8"], ["MODEL.FPN.OUT_CHANNELS", "64"], ["SEED", "4"]]
+)
+def test_another_config_is_another_run(change):
+    (run,) = make_plan({"gn": CONFIGS["gn"]})
+    record = make_record(settings=run.settings)
+    seeds = [4] if change[0] == "SEED" else [1]
+    (other,) = make_plan({"gn": CONFIGS["gn"]}, opts=change, seeds=seeds)
+    assert matching(run, [record]) is record
+    assert matching(other, [record]) is None
+    assert run.digest != other.digest
+
+
+def test_where_a_run_happens_makes_no_other_run():
+    elsewhere = ["OUTPUT_DIR", "/x", "DATALOADER.NUM_WORKERS", "7", "MODEL.BCN.MONITOR_PERIOD", "5"]
+    (one,) = make_plan({"gn": CONFIGS["gn"]})
+    (other,) = make_plan({"gn": CONFIGS["gn"]}, opts=elsewhere)
+    assert one.digest == other.digest
+
+
+def test_a_key_that_is_new_since_the_record_counts_as_its_default():
+    (run,) = make_plan({"bcn_ws": CONFIGS["bcn_ws"]})
+    older = dict(run.settings)
+    del older["MODEL.BCN.UPDATE_RATE_SCHEDULE"]
+    assert matching(run, [{"settings": older}])
+    del older["MODEL.RESNETS.NORM"]  # its default is another value than the run's
+    assert not matching(run, [{"settings": older}])
+
+
+def test_labels():
+    paths = ["a/mask_rcnn_gn.yaml", "b/mask_rcnn_gn_ws.yaml"]
+    assert label_configs(paths) == {"gn": paths[0], "gn_ws": paths[1]}
+    assert label_configs(paths[:1]) == {"mask_rcnn_gn": paths[0]}
+    with pytest.raises(UsageError, match="same name"):
+        label_configs(["a/x.yaml", "b/x.yaml"])
+
+
+@pytest.mark.parametrize(
+    "options", [{"images_per_step": [0]}, {"seeds": [-1]}, {"max_iter": 0}, {"evaluations": 0}]
+)
+def test_senseless_numbers_are_refused(options):
+    with pytest.raises(UsageError):
+        make_plan({"gn": CONFIGS["gn"]}, **options)
+
+
+def test_records_are_found_and_other_files_are_not(tmp_path):
+    write_record(make_record(), tmp_path / "one" / "a.json")
+    write_record(make_record(seed=2), tmp_path / "two" / "b.json")
+    (tmp_path / "one" / "broken.json").write_text('{"format": 1,')
+    (tmp_path / "one" / "other.json").write_text('{"format": 99}')
+    (tmp_path / "one" / "list.json").write_text("[]")
+    found = find_records(tmp_path / "one", tmp_path / "two", tmp_path / "absent")
+    assert [record["seed"] for record in found] == [1, 2]
+    assert not list(tmp_path.rglob("*.part"))

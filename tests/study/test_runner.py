@@ -1,0 +1,179 @@
+"""Running, stopping and going on, with a trainer that takes no time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from wsbcn_d2.study import Run, find_records, matching, run_all
+from wsbcn_d2.study.runner import repeat_command
+
+# Writes what Detectron2 writes, ten iterations at a time; says on which iteration it began.
+TRAINER = """
+import json, pathlib, sys, time
+folder, fail, pause = pathlib.Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+path = folder / "metrics.json"
+rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+start = rows[-1]["iteration"] + 1 if rows else 0
+(folder / "starts.txt").open("a").write(f"{start}\\n")
+(folder / "model_final.pth").write_text("weights")
+for iteration in range(start + 9, 40, 10):
+    if fail == "yes":
+        print("Traceback ...\\nFloatingPointError: Loss became infinite or NaN")
+        sys.exit(1)
+    row = {"iteration": iteration, "time": 0.5, "total_loss": 3.0 - iteration / 20}
+    row |= {"channels/fpn/shift_mean": 0.1, "bbox/AP": float(iteration), "segm/AP": float("nan")}
+    path.open("a").write(json.dumps(row) + "\\n")
+    time.sleep(pause)
+session = {"wall_seconds": 3, "memory_mb": 100 + start, "memory_kind": "RSS", "hardware": "none"}
+(folder / "sessions.jsonl").open("a").write(json.dumps(session) + "\\n")
+"""
+
+
+def make_run(variant, seed=1):
+    settings = {"SEED": seed, "SOLVER.MAX_ITER": 40, "SOLVER.IMS_PER_BATCH": 2, "X": variant}
+    return Run(variant, f"{variant}.yaml", ("SEED", str(seed)), settings)
+
+
+@pytest.fixture
+def command_of(tmp_path):
+    script = tmp_path / "trainer.py"
+    script.write_text(TRAINER)
+
+    def make(run, folder, pause=0.0):
+        fail = "yes" if run.variant == "bad" else "no"
+        return [sys.executable, str(script), str(folder), fail, str(pause)]
+
+    return make
+
+
+def starts(root, run):
+    return (root / "runs" / run.name / "starts.txt").read_text().split()
+
+
+def test_records_of_what_ran(tmp_path, command_of):
+    runs, seen = [make_run("a"), make_run("b")], []
+    failures = run_all(runs, tmp_path, command_of, jobs=2, on_record=seen.append, poll_seconds=0.05)
+    assert failures == []
+    records = find_records(tmp_path / "records")
+    assert sorted(r["variant"] for r in seen) == [r["variant"] for r in records] == ["a", "b"]
+    record = matching(runs[0], records)
+    assert record["final_ap"] == {"bbox": 39.0, "segm": 0.0}  # NaN: nothing detected
+    # Iterations from 1; half a second a step.
+    assert record["ap"]["bbox"] == [[i + 1, (i + 1) / 2, float(i)] for i in (9, 19, 29, 39)]
+    assert (record["step_seconds"], record["train_seconds"]) == (0.5, 20.0)
+    assert (record["memory_mb"], record["wall_seconds"]) == (100, 3)
+    assert record["loss"][-1] == [39, pytest.approx(1.05)]
+    assert record["channels"]["channels/fpn/shift_mean"][0] == [9, 0.1]
+    assert (record["images_per_step"], record["max_iter"]) == (2, 40)
+    assert record["versions"]["torch"]
+    assert len((tmp_path / "records" / f"{runs[0].name}.json").read_bytes()) < 20_000
+    assert not list(tmp_path.rglob("*.pth"))  # a study of many runs would fill the disk
+
+
+def test_a_failing_run_is_reported_and_the_others_go_on(tmp_path, command_of):
+    runs = [make_run("bad"), make_run("good")]
+    (failure,) = run_all(runs, tmp_path, command_of, poll_seconds=0.05)
+    assert failure.run is runs[0]
+    assert "exit code 1: FloatingPointError: Loss became infinite" in failure.reason
+    assert Path(failure.log).is_file()
+    records = find_records(tmp_path / "records")
+    assert [record["variant"] for record in records] == ["good"]
+    assert matching(runs[0], records) is None  # it is tried again next time
+
+
+def test_a_run_without_a_result_is_a_failure(tmp_path):
+    (failure,) = run_all(
+        [make_run("a")], tmp_path, lambda run, folder: [sys.executable, "-c", ""], poll_seconds=0.05
+    )
+    assert "no result" in failure.reason
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path, command_of):
+    run = make_run("a")
+    folder = tmp_path / "runs" / run.name
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"iteration": i, "time": 0.5, "bbox/AP": 1.0}) for i in (9, 19)]
+    (folder / "metrics.json").write_text("\n".join(lines) + "\n")
+    assert run_all([run], tmp_path, command_of, poll_seconds=0.05) == []
+    assert starts(tmp_path, run) == ["20"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "kill"])
+def test_a_stopped_study_stops_its_runs_and_continues(tmp_path, command_of, number):
+    """Stopped in the middle of a run, in a process of its own; then the same command again."""
+    script = tmp_path / "study.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})
+        from wsbcn_d2.study import Run, run_all
+        run = Run("a", "a.yaml", ("SEED", "1"), {make_run("a").settings!r})
+        command = {command_of(make_run("a"), Path("FOLDER"), pause=30)!r}
+        place = lambda run, folder: [str(folder) if c == "FOLDER" else c for c in command]
+        run_all([run], {str(tmp_path)!r}, place, poll_seconds=0.05)
+        """)
+    )
+    run = make_run("a")
+    study = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "runs" / run.name / "metrics.json"
+    try:
+        deadline = time.monotonic() + 120
+        while not (metrics.is_file() and metrics.read_text()):
+            assert time.monotonic() < deadline and study.poll() is None
+            time.sleep(0.05)
+        study.send_signal(number)
+        assert study.wait(30) != 0
+    finally:
+        study.kill()
+    assert not _running(str(tmp_path / "trainer.py"))
+    assert find_records(tmp_path / "records") == []
+    assert run_all([run], tmp_path, command_of, poll_seconds=0.05) == []
+    assert starts(tmp_path, run) == ["0", "10"]
+
+
+def _running(text):
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if text in words:
+            found.append(path.parent.name)
+    return found
+
+
+def test_a_run_ends_when_its_study_was_killed(tmp_path):
+    """SIGKILL leaves the study no chance to end its runs."""
+    child = "from wsbcn_d2.study.child import end_with_parent; import os, sys, time; "
+    child += "end_with_parent(os.getppid()); print(os.getpid(), flush=True); time.sleep(100)"
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    study = subprocess.Popen(
+        [sys.executable, "-c", parent, child], stdout=subprocess.PIPE, text=True, env=env
+    )
+    pid = int(study.stdout.readline())
+    study.kill()
+    study.wait()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}/cmdline").exists() and time.monotonic() < deadline:
+        if not Path(f"/proc/{pid}/cmdline").read_bytes():  # a zombie: nobody collects it here
+            break
+        time.sleep(0.1)
+    else:
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def test_the_command_of_a_run_can_be_pasted():
+    run = Run("a", "a.yaml", ("DATASETS.TEST", "('x',)", "SEED", "1"), {"SEED": 1})
+    text = repeat_command(run, "tools/train_net.py")
+    assert text == (
+        "python tools/train_net.py --config-file a.yaml DATASETS.TEST \"('x',)\" SEED 1"
+    )

@@ -1,0 +1,96 @@
+"""Intervals against values worked out by hand, tables against what they must say."""
+
+import csv
+import io
+import math
+
+import pytest
+
+from wsbcn_d2.study import mean_interval, summarize
+from wsbcn_d2.study.stats import t_quantile
+from wsbcn_d2.study.summary import differences, runs_csv, summary_csv, to_markdown
+
+from .helpers import make_record
+
+
+def test_t_quantile_of_one_and_two_degrees_has_a_closed_form():
+    # df 1: tan(pi (p - 1/2)); df 2: (2p - 1) / sqrt(2 p (1 - p)).
+    assert t_quantile(1) == pytest.approx(math.tan(math.pi * 0.475), rel=1e-5)
+    assert t_quantile(2) == pytest.approx(0.95 / math.sqrt(2 * 0.975 * 0.025), rel=1e-4)
+
+
+def _central_mass(t, degrees, steps=20000):
+    """P(|T| <= t) by the trapezoid rule on Student's density."""
+    log_c = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)
+    scale = math.exp(log_c) / math.sqrt(degrees * math.pi)
+    values = [
+        (1 + (t * i / steps) ** 2 / degrees) ** (-(degrees + 1) / 2) for i in range(steps + 1)
+    ]
+    return 2 * scale * (sum(values) - (values[0] + values[-1]) / 2) * t / steps
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 9, 17, 30, 31, 100])
+def test_t_quantile_holds_95_percent(degrees):
+    assert _central_mass(t_quantile(degrees), degrees) == pytest.approx(0.95, abs=2e-5)
+
+
+def test_t_quantile_falls_towards_the_normal_one():
+    values = [t_quantile(degrees) for degrees in range(1, 200)]
+    assert values == sorted(values, reverse=True)
+    assert values[-1] > 1.96
+    with pytest.raises(ValueError):
+        t_quantile(0)
+
+
+def test_interval_by_hand():
+    # 40, 42, 47: mean 43, sum of squares 9 + 1 + 16 = 26, variance 13; 4.3027 sqrt(13 / 3).
+    mean, half = mean_interval([40.0, 42.0, 47.0])
+    assert mean == 43.0
+    assert half == pytest.approx(8.9567, abs=1e-3)
+    assert mean_interval([5.0, 5.0]) == (5.0, 0.0)
+    assert mean_interval([5.0]) == (5.0, None)
+    with pytest.raises(ValueError):
+        mean_interval([])
+
+
+def _records():
+    aps = {("gn", 1): [40, 42, 47], ("bcn_ws", 1): [50, 50, 50], ("gn", 2): [30]}
+    return [
+        make_record(variant, images, seed, box=float(ap))
+        for (variant, images), values in aps.items()
+        for seed, ap in enumerate(values, 1)
+    ]
+
+
+def test_summary():
+    first, second, third = summarize(_records())
+    assert (first.variant, first.images_per_step, first.seeds) == ("gn", 1, (1, 2, 3))
+    assert first.ap["bbox"] == (43.0, pytest.approx(8.9567, abs=1e-3))
+    assert (second.variant, second.ap["bbox"]) == ("bcn_ws", (50.0, 0.0))
+    assert (third.images_per_step, third.ap["bbox"]) == (2, (30.0, None))
+
+
+def test_markdown_and_csv():
+    rows = summarize(_records())
+    lines = to_markdown(rows).splitlines()
+    assert len(lines) == 2 + len(rows)
+    assert lines[0].startswith("| variant | images/step | box AP | mask AP | seeds |")
+    assert "| gn | 1 | 43.0 ± 9.0 |" in lines[2]
+    assert "| gn | 2 | 30.0 |" in lines[4]
+    table = list(csv.DictReader(io.StringIO(summary_csv(rows))))
+    assert float(table[0]["bbox_ap_ci95"]) == pytest.approx(8.957, abs=1e-3)
+    assert table[2]["bbox_ap_ci95"] == ""
+    points = list(csv.DictReader(io.StringIO(runs_csv(_records()))))
+    assert len(points) == 7 * 2 * 2  # runs x tasks x evaluations
+    assert {p["ap"] for p in points if p["seed"] == "3" and p["task"] == "bbox"} >= {"47.000"}
+
+
+def test_differences_are_those_of_the_variants():
+    records = [
+        make_record("gn", 1, 1, settings={"MODEL.FPN.NORM": "GN"}),
+        make_record("gn", 2, 1, settings={"MODEL.FPN.NORM": "GN", "SOLVER.BASE_LR": 0.02}),
+        make_record("none", 1, 2, settings={}),
+    ]
+    head, lines = differences(records)
+    assert head == ["key", "gn", "none"]
+    assert lines == [["MODEL.FPN.NORM", "GN", ""]]  # neither the seed nor the 2 images' rate

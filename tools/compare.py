@@ -1,0 +1,206 @@
+#!/usr/bin/env python
+"""Compare detectors over seeds: run them, then report AP with intervals, curves, cost, pictures.
+
+    tools/compare.py --variants bn gn gn_ws bcn bcn_ws --images-per-step 1 2 --seeds 1 2 3 \\
+        --jobs 2 --output output/study
+    tools/compare.py --configs A.yaml B.yaml --seeds 1 2 3 --output DIR KEY VALUE ...
+
+Started again, it goes on: finished runs are not repeated, interrupted ones continue at their last
+checkpoint. What decides whether a run is finished is a small file in DIR/records: commit or copy
+that folder (or name it with --records) and the study continues on another machine.
+
+Numbers of images per step follow Detectron2's linear rule: twice the images is twice the learning
+rate and half the iterations, so every run sees the same images. --max-iter resizes the whole
+schedule; overrides (KEY VALUE ...) and --max-iter are meant for the config's own images per step.
+
+The study of this project, on two CPU cores (0.3-0.4 s per image, two runs at a time of one thread
+each; about 2.6 h and 0.8 h):
+
+    tools/compare.py --images-per-step 1 2 --seeds 1 2 3 --max-iter 1500 --evaluations 3 \\
+        --jobs 2 --output output/study
+    tools/compare.py --variants bcn_ws --seeds 1 --max-iter 1500 --evaluations 3 --jobs 2 \\
+        --sweep MODEL.BCN.UPDATE_RATE 0.1 0.03 0.01 0.003 0.001 \\
+        --sweep MODEL.BCN.UPDATE_RATE_SCHEDULE constant lr \\
+        --records output/study/records --output output/rates
+    tools/compare.py --variants bcn_ws --seeds 1 2 3 --max-iter 1500 --evaluations 3 --jobs 2 \\
+        --first-batch-init on off --records output/study/records --output output/init
+    tools/compare.py --variants gn gn_ws bcn_ws --seeds 1 --max-iter 1500 --evaluations 3 \\
+        --sweep SOLVER.BASE_LR 0.005 0.01 0.02 --jobs 2 --records output/study/records \\
+        --output output/learning_rates
+
+The same on COCO, on a GPU (leave --max-iter away for the paper's schedule):
+
+    coco=configs/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_2x
+    tools/compare.py --configs ${coco}_{gn,gn_ws,bcn_ws}_1img.yaml \\
+        --images-per-step 1 2 --seeds 1 2 3 --max-iter 90000 --output output/coco
+"""
+
+import argparse
+import importlib
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from wsbcn_d2.engine import UsageError, check_config, load_config
+from wsbcn_d2.study import find_records, make_plan, matching, run_all, write_report
+from wsbcn_d2.study.plan import label_configs
+from wsbcn_d2.study.runner import child_command, repeat_command
+
+ROOT = Path(__file__).resolve().parents[1]
+VARIANTS = ROOT / "configs" / "shapes"
+PREFIX = "mask_rcnn_R_18_FPN_"
+ORDER = ("bn", "gn", "gn_ws", "bcn", "bcn_ws")
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--configs", nargs="+", metavar="FILE", help="one config per variant")
+    what.add_argument(
+        "--variants", nargs="+", default=list(ORDER), help=f"of configs/shapes: {', '.join(ORDER)}"
+    )
+    parser.add_argument("--images-per-step", nargs="+", type=int, default=[], metavar="N")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--dataset-train", metavar="NAME", help="in place of the configs'")
+    parser.add_argument("--dataset-test", metavar="NAME")
+    parser.add_argument("--max-iter", type=int, help="resizes the configs' schedules")
+    parser.add_argument("--evaluations", type=int, default=5, help="points of the AP curves")
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="KEY VALUE",
+        help="KEY VALUE VALUE ...: a variant per value; again for another key: every combination",
+    )
+    parser.add_argument(
+        "--first-batch-init",
+        nargs="+",
+        choices=("on", "off"),
+        default=["on"],
+        help="off: running estimates start from mean 0, variance 1",
+    )
+    parser.add_argument(
+        "--monitor-period", type=int, default=100, help="iterations; 0: no channel monitor"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--records", nargs="+", default=[], help="more folders of records")
+    parser.add_argument("--pictures", type=int, default=4, help="validation images to draw")
+    parser.add_argument("--keep-checkpoints", action="store_true")
+    parser.add_argument("--report-only", action="store_true", help="of what has finished so far")
+    parser.add_argument("--title", default="Comparison over seeds")
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="module that registers datasets or components",
+    )
+    parser.add_argument("--train-script", default=str(ROOT / "tools" / "train_net.py"))
+    parser.add_argument("--output", required=True, metavar="DIR")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of all configs")
+    return parser.parse_args(argv)
+
+
+def plan(args):
+    """The runs that the command line asks for."""
+    if args.configs:
+        configs = label_configs(args.configs)
+    else:
+        configs = {name: relative(VARIANTS / f"{PREFIX}{name}.yaml") for name in args.variants}
+    opts = list(args.opts)
+    for key, name in (("TRAIN", args.dataset_train), ("TEST", args.dataset_test)):
+        if name:
+            opts += [f"DATASETS.{key}", repr((name,))]
+    opts += ["MODEL.BCN.MONITOR_PERIOD", str(args.monitor_period)]
+    for sweep in args.sweep:
+        if len(sweep) < 2:
+            raise UsageError(f"--sweep {sweep[0]}: give at least one value")
+    if args.jobs < 1:
+        raise UsageError("--jobs must be at least 1")
+    return make_plan(
+        configs,
+        images_per_step=args.images_per_step,
+        seeds=args.seeds,
+        sweeps=[(sweep[0], sweep[1:]) for sweep in args.sweep],
+        first_batch_init=[word == "on" for word in args.first_batch_init],
+        max_iter=args.max_iter,
+        evaluations=args.evaluations,
+        opts=opts,
+    )
+
+
+def relative(path):
+    """A path below the working directory as a relative one: it goes into records."""
+    path = Path(path).resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def check(runs):
+    """Refuse what cannot run before anything is started; one seed stands for all."""
+    seen = set()
+    for run in runs:
+        if (run.variant, run.images_per_step) not in seen:
+            seen.add((run.variant, run.images_per_step))
+            check_config(load_config(run.config_file, run.overrides))
+
+
+def study(args, command):
+    runs = plan(args)
+    root = Path(args.output)
+    records = find_records(root / "records", *args.records)
+    pending = [run for run in runs if matching(run, records) is None]
+    print(f"{len(runs)} runs, {len(runs) - len(pending)} of them finished already", flush=True)
+    failures = []
+    if pending and not args.report_only:
+        check(pending)
+        script = relative(args.train_script)
+        failures = run_all(
+            pending,
+            root,
+            lambda run, folder: child_command(
+                run, folder, script=script, modules=args.modules, pictures=args.pictures
+            ),
+            jobs=args.jobs,
+            repeat_of=lambda run: repeat_command(run, script),
+            keep_checkpoints=args.keep_checkpoints,
+            on_record=records.append,
+        )
+    finished, missing = [], [f"{f.run.name}: {f.reason}" for f in failures]
+    for run in runs:
+        record = matching(run, records)
+        if record is not None:
+            finished.append({**record, "variant": run.variant})  # one name in one report
+        elif not any(failure.run is run for failure in failures):
+            missing.append(f"{run.name}: not run yet")
+    if not finished:
+        raise UsageError(f"no run has finished; see the output.txt of each run in {root / 'runs'}")
+    path = write_report(finished, root, title=args.title, command=command, missing=missing)
+    print("\n" + (root / "results.md").read_text())
+    print(f"report  {path}\ntables  {root / 'results.csv'}, {root / 'runs.csv'}")
+    return 1 if failures else 0
+
+
+def main(argv=None) -> int:
+    """Runs the tool; returns the exit status: 0, 1 (some runs failed), 2 (wrong input)."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    sys.path.insert(0, os.getcwd())
+    try:
+        for name in args.modules:
+            importlib.import_module(name)
+        return study(args, "python tools/compare.py " + shlex.join(argv))
+    except (UsageError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""One run of a study: a training script in a process of its own, watched and measured.
+
+    python -m wsbcn_d2.study.child --script tools/train_net.py [options] -- ARGUMENTS OF THE SCRIPT
+
+Runs the script as it is. Around it: ends when the study ends, imports the modules that register
+datasets, can switch the first-batch initialisation of running estimates off, draws predictions
+afterwards, and notes wall time, memory and hardware in ``sessions.jsonl``.
+"""
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import platform
+import resource
+import runpy
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from ..engine import Trainer, load_config
+from ..layers import EstimatedBatchNorm2d
+
+__all__ = ["hardware", "main", "skip_first_batch_init"]
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process as soon as its parent is another: the study was killed.
+
+    What was trained since the last checkpoint is lost, and the cores are free for the next try,
+    which would else write to the same folder at the same time.
+    """
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _leave(signum, frame):
+    sys.exit(128 + signum)  # unlike the default action, lets this session be noted
+
+
+def skip_first_batch_init() -> None:
+    """Let running estimates start from mean 0 and variance 1, as the released BCN code does.
+
+    The layers set their estimates outright when they have counted no batch; a count of 1 from the
+    start keeps them from it. There is no config key for this on purpose: only a study asks for it.
+    """
+    build = Trainer.build_model.__func__
+
+    def build_model(cls, cfg):
+        model = build(cls, cfg)
+        for module in model.modules():
+            if isinstance(module, EstimatedBatchNorm2d):
+                module.num_batches_tracked.fill_(1)
+        return model
+
+    Trainer.build_model = classmethod(build_model)
+
+
+def hardware() -> str:
+    """The GPU's name, or the processor's and its number of cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def _session(started: float) -> dict:
+    if torch.cuda.is_available():
+        memory, kind = torch.cuda.max_memory_allocated() / 2**20, "CUDA"
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory, kind = peak / (2**20 if sys.platform == "darwin" else 2**10), "RSS"
+    return {
+        "wall_seconds": round(time.monotonic() - started, 1),
+        "memory_mb": round(memory),
+        "memory_kind": kind,
+        "hardware": hardware(),
+    }
+
+
+def _draw(config_file: str, opts: list[str], folder: Path, count: int) -> None:
+    # Imported late: drawing needs OpenCV, training does not.
+    from ..engine.visualize import draw_predictions
+
+    cfg = load_config(config_file, [*opts, "MODEL.WEIGHTS", str(folder / "model_final.pth")])
+    draw_predictions(cfg, str(folder / "predictions"), num_images=count, scale=2)
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit status of the script."""
+    split = argv.index("--")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--script", required=True)
+    parser.add_argument("--parent", type=int)
+    parser.add_argument("--import", dest="modules", action="append", default=[])
+    parser.add_argument("--no-first-batch-init", action="store_true")
+    parser.add_argument("--pictures", type=int, default=0)
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--folder", required=True)
+    args = parser.parse_args(argv[:split])
+    opts = argv[split + 1 :]
+    if args.parent:
+        end_with_parent(args.parent)
+    sys.path.insert(0, os.getcwd())
+    for name in args.modules:
+        importlib.import_module(name)
+    if args.no_first_batch_init:
+        skip_first_batch_init()
+    folder = Path(args.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    opts += ["OUTPUT_DIR", str(folder)]
+    started = time.monotonic()
+    signal.signal(signal.SIGTERM, _leave)
+    sys.argv = [args.script, "--config-file", args.config_file, "--resume", *opts]
+    status = 0
+    try:
+        runpy.run_path(args.script, run_name="__main__")
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        with (folder / "sessions.jsonl").open("a") as file:
+            file.write(json.dumps(_session(started)) + "\n")
+    if not status and args.pictures:
+        try:
+            _draw(args.config_file, opts, folder, args.pictures)
+        except Exception:  # pictures are an extra; the numbers stand without them
+            logging.getLogger(__name__).warning("no pictures drawn", exc_info=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

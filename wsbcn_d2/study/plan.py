@@ -1,0 +1,216 @@
+"""Which runs a study consists of, and what makes two of them the same run."""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+
+from ..config import get_cfg
+from ..engine import UsageError, load_config
+
+__all__ = ["FIRST_BATCH", "Run", "default_of", "flatten", "label_configs", "make_plan"]
+
+# Stands beside the config's keys in a run's settings; a study's option, not the product's.
+FIRST_BATCH = "study.first_batch_init"
+# Where a run leaves things and how it is watched, not what it computes.
+_IGNORED = {
+    "OUTPUT_DIR",
+    "VERSION",
+    "VIS_PERIOD",
+    "DATALOADER.NUM_WORKERS",
+    "MODEL.DEVICE",
+    "MODEL.BCN.MONITOR_PERIOD",
+    "SOLVER.CHECKPOINT_PERIOD",
+}
+_SCALED = ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "STEPS", "WARMUP_ITERS", "CHECKPOINT_PERIOD")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        variant: label in tables and plots.
+        config_file: YAML file.
+        overrides: ``KEY VALUE`` pairs that make the config file into this run's config.
+        settings: the effective config where it differs from the defaults, with the options of WS
+            and BCN where they have an effect. Two runs with equal settings are the same.
+        first_batch_init: whether the first batch sets running estimates outright.
+    """
+
+    variant: str
+    config_file: str
+    overrides: tuple[str, ...]
+    settings: dict = field(hash=False)
+    first_batch_init: bool = True
+
+    @property
+    def seed(self) -> int:
+        return self.settings["SEED"]
+
+    @property
+    def images_per_step(self) -> int:
+        return self.settings.get("SOLVER.IMS_PER_BATCH", default_of("SOLVER.IMS_PER_BATCH"))
+
+    @property
+    def max_iter(self) -> int:
+        return self.settings.get("SOLVER.MAX_ITER", default_of("SOLVER.MAX_ITER"))
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:10]
+
+    @property
+    def name(self) -> str:
+        """Of the run's folder and record."""
+        label = "".join(c if c.isalnum() or c in "._=-" else "-" for c in self.variant)
+        return f"{label}_{self.images_per_step}img_seed{self.seed}_{self.digest}"
+
+
+def flatten(cfg: CfgNode, prefix: str = "") -> dict:
+    """A config as one flat dict; tuples become lists, as in JSON."""
+    flat = {}
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = json.loads(json.dumps(value, default=str))
+    return flat
+
+
+_defaults = flatten(get_cfg())
+
+
+def default_of(key: str):
+    """Default value of a key, None for one that does not exist."""
+    return True if key == FIRST_BATCH else _defaults.get(key)
+
+
+def _settings(cfg: CfgNode) -> dict:
+    flat = flatten(cfg)
+    estimated = any(k.endswith(".NORM") and v in ("BCN", "EstBN") for k, v in flat.items())
+    names = [v for k, v in flat.items() if k.endswith(".NAME")]
+    standardized = any(str(name).startswith(("build_ws_", "WS")) for name in names)
+    # The keys that the study may move the defaults of are kept whatever they are, unless they
+    # have no effect: moving one must not make a GN run another run.
+    used = {"MODEL.BCN.": estimated, "MODEL.WS.": standardized}
+    result = {}
+    for key, value in flat.items():
+        kept = [use for prefix, use in used.items() if key.startswith(prefix)]
+        if (kept[0] if kept else value != default_of(key)) and key not in _IGNORED:
+            result[key] = value
+    result["SEED"] = cfg.SEED
+    return result
+
+
+def label_configs(paths: Sequence[str]) -> dict[str, str]:
+    """Short labels of config files: their stems without the part that all begin with.
+
+    Returns:
+        dict: label to path.
+    """
+    stems = [Path(path).stem for path in paths]
+    common = os.path.commonprefix(stems) if len(stems) > 1 else ""
+    common = common[: common.rfind("_") + 1]
+    labels = [stem[len(common) :] or stem for stem in stems]
+    if len(set(labels)) < len(labels):
+        raise UsageError("two of the configs have the same name: rename one")
+    return dict(zip(labels, map(str, paths), strict=True))
+
+
+def _schedule(cfg: CfgNode, max_iter: int | None, evaluations: int, images: int) -> CfgNode:
+    """The config with its schedule resized, then rescaled to a number of images per step.
+
+    Detectron2's linear rule: twice the images per step is twice the learning rate and half the
+    iterations, warm-up and steps, so that every run sees the same number of images.
+    """
+    cfg = DefaultTrainer.auto_scale_workers(cfg, 1)  # no-op unless made for several processes
+    solver = cfg.SOLVER
+    if max_iter:
+        factor = max_iter / solver.MAX_ITER
+        solver.STEPS = tuple(round(step * factor) for step in solver.STEPS)
+        solver.WARMUP_ITERS = round(solver.WARMUP_ITERS * factor)
+        solver.MAX_ITER = max_iter
+    solver.REFERENCE_WORLD_SIZE = solver.IMS_PER_BATCH
+    cfg = DefaultTrainer.auto_scale_workers(cfg, images)
+    solver = cfg.SOLVER
+    solver.REFERENCE_WORLD_SIZE = 0
+    # Rounding of a short schedule may put a step where there is none.
+    solver.STEPS = tuple(sorted({step for step in solver.STEPS if 0 < step < solver.MAX_ITER}))
+    cfg.TEST.EVAL_PERIOD = -(-solver.MAX_ITER // evaluations)
+    solver.CHECKPOINT_PERIOD = cfg.TEST.EVAL_PERIOD
+    return cfg
+
+
+def _make_run(label, path, opts, images, seed, first_batch_init, schedule) -> Run:
+    cfg = load_config(path, opts)
+    cfg.defrost()
+    cfg = _schedule(cfg, images=images or cfg.SOLVER.IMS_PER_BATCH, **schedule)
+    cfg.SEED = seed
+    scaled = [(f"SOLVER.{key}", cfg.SOLVER[key]) for key in _SCALED]
+    scaled += [("SOLVER.REFERENCE_WORLD_SIZE", 0), ("TEST.EVAL_PERIOD", cfg.TEST.EVAL_PERIOD)]
+    scaled.append(("SEED", seed))
+    settings = _settings(cfg)
+    estimated = "MODEL.BCN.UPDATE_RATE" in settings
+    first_batch_init = first_batch_init or not estimated  # no difference where none are
+    if not first_batch_init:
+        settings[FIRST_BATCH] = False
+    overrides = [*opts, *(str(part) for pair in scaled for part in pair)]
+    return Run(label, str(path), tuple(overrides), settings, first_batch_init)
+
+
+def make_plan(
+    configs: dict[str, str],
+    *,
+    images_per_step: Sequence[int] = (),
+    seeds: Sequence[int] = (1,),
+    sweeps: Iterable[tuple[str, Sequence[str]]] = (),
+    first_batch_init: Sequence[bool] = (True,),
+    max_iter: int | None = None,
+    evaluations: int = 5,
+    opts: Sequence[str] = (),
+) -> list[Run]:
+    """All runs of a study, in the order to run them: the first seed of everything comes first.
+
+    Args:
+        configs: label to config file.
+        images_per_step: numbers of images; a config's own if empty. Learning rate and schedule
+            follow by the linear rule.
+        seeds: values of ``SEED``.
+        sweeps: (key, values) pairs; every combination of values makes a variant.
+        first_batch_init: one or both; ``False`` only makes runs of configs with estimates.
+        max_iter: iterations at the config's own images per step; the whole schedule shrinks or
+            grows with it.
+        evaluations: points of the AP curves, the last at the end.
+        opts: ``KEY VALUE`` overrides of every config.
+
+    Returns:
+        list[Run]: without duplicates (a sweep over a key that a config does not use).
+
+    Raises:
+        UsageError: for a config or option that cannot be read.
+    """
+    if evaluations < 1 or (max_iter is not None and max_iter < 1):
+        raise UsageError("--max-iter and --evaluations must be at least 1")
+    if any(images < 1 for images in images_per_step) or min(seeds) < 0:
+        raise UsageError("--images-per-step must be at least 1, --seeds at least 0")
+    schedule = {"max_iter": max_iter, "evaluations": evaluations}
+    sweeps = list(sweeps)
+    runs: dict[str, Run] = {}
+    for seed, images in itertools.product(seeds, images_per_step or (None,)):
+        for label, path in configs.items():
+            for values in itertools.product(*(values for _, values in sweeps)):
+                swept = [(key, value) for (key, _), value in zip(sweeps, values, strict=True)]
+                name = " ".join([label, *(f"{k.split('.')[-1]}={v}" for k, v in swept)])
+                options = [*opts, *(part for pair in swept for part in pair)]
+                for init in first_batch_init:
+                    suffix = "" if init else " no-first-batch-init"
+                    run = _make_run(name + suffix, path, options, images, seed, init, schedule)
+                    runs.setdefault(run.digest, run)
+    return list(runs.values())

@@ -1,0 +1,180 @@
+"""Records of finished runs: small JSON files that can be committed and carried elsewhere."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import detectron2
+import numpy as np
+import torch
+
+from ..engine.evaluation import has_compiled_ops
+from ..engine.visualize import read_metrics
+from .plan import Run, default_of
+
+__all__ = ["find_records", "make_record", "matching", "write_record"]
+
+FORMAT = 1
+_POINTS = 50  # of a curve that is kept
+
+
+def matching(run: Run, records: Iterable[dict]) -> dict | None:
+    """The record of a run, if there is one: that with the same settings.
+
+    A key that one side lacks has its default there: keys that are new since a record was
+    written, and Detectron2's versions, do not make finished runs unfinished.
+    """
+    for record in records:
+        theirs = record["settings"]
+        if all(
+            theirs.get(key, default_of(key)) == run.settings.get(key, default_of(key))
+            for key in theirs.keys() | run.settings.keys()
+        ):
+            return record
+    return None
+
+
+def find_records(*folders: str | os.PathLike) -> list[dict]:
+    """All records of some folders; files that are none are left out.
+
+    Args:
+        folders: need not exist.
+
+    Returns:
+        list[dict]
+    """
+    records = []
+    for path in sorted(p for folder in folders for p in Path(folder).glob("*.json")):
+        try:
+            record = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(record, dict) and record.get("format") == FORMAT:
+            records.append(record)
+    return records
+
+
+def write_record(record: dict, path: str | os.PathLike) -> None:
+    """Write a record so that the file is there whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    with os.fdopen(handle, "w") as file:
+        file.write(json.dumps(record, sort_keys=True, allow_nan=False) + "\n")
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+
+
+def make_record(run: Run, folder: str | os.PathLike, command: str, threads: int) -> dict:
+    """The record of a run that has finished.
+
+    Args:
+        run: the run.
+        folder: its output folder, with ``metrics.json`` and ``sessions.jsonl``.
+        command: how to repeat it.
+        threads: threads it ran on.
+
+    Returns:
+        dict
+
+    Raises:
+        ValueError: if the folder holds no result of the last iteration.
+    """
+    folder = Path(folder)
+    metrics = read_metrics(str(folder / "metrics.json"))
+    times = metrics.get("time", [])
+    seconds = _seconds(times)
+    tasks = sorted(name[: -len("/AP")] for name in metrics if name.endswith("/AP"))
+    last = max((metrics[f"{task}/AP"][-1][0] for task in tasks), default=-1)
+    if last < run.max_iter - 1:
+        raise ValueError(f"no AP of iteration {run.max_iter} in {folder / 'metrics.json'}")
+    curves = {}
+    for task in tasks:
+        # COCO's AP is NaN where nothing at all was detected; as a result that is 0.
+        values = [(i, 0.0 if math.isnan(ap) else ap) for i, ap in metrics[f"{task}/AP"]]
+        curves[task] = [[min(i + 1, run.max_iter), round(seconds(i), 1), ap] for i, ap in values]
+    sessions = _sessions(folder / "sessions.jsonl")
+    memory = max((s["memory_mb"] for s in sessions), default=None)
+    return {
+        "format": FORMAT,
+        "variant": run.variant,
+        "config_file": run.config_file,
+        "digest": run.digest,
+        "settings": run.settings,
+        "seed": run.seed,
+        "images_per_step": run.images_per_step,
+        "learning_rate": run.settings.get("SOLVER.BASE_LR", default_of("SOLVER.BASE_LR")),
+        "max_iter": run.max_iter,
+        "ap_columns": ["iteration", "training seconds", "AP"],
+        "ap": curves,
+        "final_ap": {task: curve[-1][2] for task, curve in curves.items()},
+        "loss": _thin(metrics.get("total_loss", [])),
+        "channels": {k: _thin(v) for k, v in metrics.items() if k.startswith("channels/")},
+        "step_seconds": round(float(np.median([v for _, v in times])), 5) if times else None,
+        "train_seconds": round(seconds(run.max_iter), 1),
+        "wall_seconds": round(sum(s["wall_seconds"] for s in sessions), 1),
+        "memory_mb": memory,
+        "memory_kind": sessions[-1]["memory_kind"] if sessions else None,
+        "hardware": sessions[-1]["hardware"] if sessions else platform.machine(),
+        "threads": threads,
+        "versions": _versions(),
+        "git": _git_revision(),
+        "command": command,
+        "finished": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def _seconds(times: list[tuple[int, float]]):
+    """Iteration to seconds spent in training steps so far, from the logged medians."""
+    if not times:
+        return lambda iteration: 0.0
+    iterations = [-1, *(i for i, _ in times)]
+    total = [0.0, *np.cumsum(np.diff(iterations) * [value for _, value in times])]
+    return lambda iteration: float(np.interp(iteration, iterations, total))
+
+
+def _thin(series: list[tuple[int, float]]) -> list[list[float]]:
+    """Averages of consecutive points, at most ``_POINTS``; what is not finite is left out."""
+    series = [(i, v) for i, v in series if math.isfinite(v)]
+    chunks = np.array_split(np.array(series).reshape(-1, 2), max(1, min(_POINTS, len(series))))
+    means = [chunk.mean(0) for chunk in chunks if len(chunk)]
+    return [[round(float(i)), float(f"{value:.4g}")] for i, value in means]
+
+
+def _sessions(path: Path) -> list[dict]:
+    """What each process of a run (one more after every interruption) said on leaving."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
+def _versions() -> dict:
+    kind = "compiled" if has_compiled_ops() else "pure Python"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "detectron2": f"{detectron2.__version__} ({kind})",
+        "platform": sys.platform,
+    }
+
+
+def _git_revision() -> str:
+    root = Path(__file__).resolve().parents[2]
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=10"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()

@@ -1,0 +1,173 @@
+"""The report of a study: one HTML file that needs nothing else, Markdown and CSV beside it."""
+
+import base64
+import html
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .plots import make_figures, save_figures
+from .summary import differences, group, runs_csv, summarize, summary_csv, table, to_markdown
+
+__all__ = ["write_report"]
+
+_TITLES = {
+    "final_ap": "AP at the end",
+    "ap_over_iterations": "AP over iterations",
+    "ap_over_time": "AP over time",
+    "loss": "Training loss",
+    "channels": "Channels: how close to elimination singularities",
+}
+_NOTES = {
+    "final_ap": "Bars: mean over seeds with its 95 % interval; dots: the seeds.",
+    "ap_over_iterations": "Mean over seeds; bands: 95 % interval at each point.",
+    "ap_over_time": "Seconds spent in training steps, without evaluation and start.",
+    "channels": "Inactive: the norm's output is <= 0 at more than 99 % of positions. |mean| / std: "
+    "0 is what batch statistics give. Error of the estimates: against the mean over the last "
+    "steps. Means over the norms of each part, from sampled steps.",
+}
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1150px; padding: 0 1em;
+       color: #222; background: #fff }
+h1 { font-size: 1.6em } h2 { font-size: 1.2em; margin-top: 2em }
+table { border-collapse: collapse } td, th { padding: .25em .7em; border-bottom: 1px solid #ccc;
+       text-align: right; white-space: nowrap } td:first-child, th:first-child { text-align: left }
+.scroll { overflow-x: auto } img { max-width: 100% } .note { color: #666; font-size: .9em }
+.grid td { padding: 2px; text-align: center; border: 0 } .grid img { width: 190px }
+code, pre { background: #f4f4f4; padding: .1em .3em } pre { overflow-x: auto; padding: .7em }
+.failed { color: #a00 }
+"""
+_GAP = 8  # between truth and prediction in draw_predictions's pictures
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    cells = "".join(f"<th>{html.escape(text)}</th>" for text in head)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(x))}</td>" for x in line) + "</tr>\n"
+        for line in lines
+    )
+    return f'<div class="scroll"><table><tr>{cells}</tr>\n{rows}</table></div>\n'
+
+
+def _image(content: bytes, kind: str, alt: str) -> str:
+    data = base64.b64encode(content).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">'
+
+
+def _halves(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Ground truth and prediction of one picture by ``draw_predictions``."""
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    width = (pixels.shape[1] - _GAP) // 2
+    return pixels[:, :width], pixels[:, width + _GAP :]
+
+
+def _jpeg(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def _pictures(records: Sequence[dict], root: Path) -> str:
+    """A table of pictures: one line per validation image, a column per variant."""
+    columns = {}
+    for (variant, images), members in group(records).items():
+        for record in members:
+            found = sorted((root / "runs").glob(f"*_{record['digest']}/predictions/*.png"))
+            if found:
+                columns[f"{variant}, {images} img"] = {path.name: path for path in found}
+                break
+    if not columns:
+        return '<p class="note">None: the runs were recorded on another machine.</p>\n'
+    common = sorted(set.intersection(*(set(paths) for paths in columns.values())))
+    names = "".join(f"<th>{html.escape(name)}</th>" for name in ["ground truth", *columns])
+    lines = []
+    for name in common:
+        truth = _halves(next(iter(columns.values()))[name])[0]
+        found = [_halves(paths[name])[1] for paths in columns.values()]
+        images = [_image(_jpeg(pixels), "jpeg", name) for pixels in (truth, *found)]
+        lines.append("<tr>" + "".join(f"<td>{image}</td>" for image in images) + "</tr>\n")
+    body = f'<table class="grid"><tr>{names}</tr>\n{"".join(lines)}</table>'
+    return f'<div class="scroll">{body}</div>\n'
+
+
+def _provenance(records: Sequence[dict], command: str) -> str:
+    def distinct(values):
+        return "; ".join(dict.fromkeys(str(value) for value in values))
+
+    total = sum(record["wall_seconds"] for record in records)
+    lines = [
+        ("runs", len(records)),
+        ("seeds", distinct(sorted({record["seed"] for record in records}))),
+        ("run time", f"{total / 3600:.2f} hours, summed over runs that may share the machine"),
+        (
+            "hardware",
+            distinct(f"{r['hardware']}, {r['threads']} thread(s) per run" for r in records),
+        ),
+        ("memory", distinct(r["memory_kind"] for r in records if r["memory_kind"])),
+        *(
+            (name, distinct(record["versions"].get(name) for record in records))
+            for name in ("python", "torch", "detectron2")
+        ),
+        ("git", distinct(record["git"] for record in records)),
+        ("dates", distinct(sorted({record["finished"] for record in records}))),
+    ]
+    return f"<pre>{html.escape(command)}</pre>\n" + _table(("", ""), lines)
+
+
+def write_report(
+    records: Sequence[dict],
+    root: str | os.PathLike,
+    *,
+    title: str,
+    command: str,
+    missing: Sequence[str] = (),
+) -> Path:
+    """Write report.html, results.md, results.csv, runs.csv and plots/*.png below ``root``.
+
+    Args:
+        records: of finished runs, in the order in which variants are to appear.
+        root: the study's folder; pictures are taken from its runs.
+        title: heading.
+        command: the command line, for the reader to repeat.
+        missing: lines about runs that have no result.
+
+    Returns:
+        Path: of the HTML file.
+
+    Raises:
+        ValueError: without any record.
+    """
+    if not records:
+        raise ValueError("no run has finished: nothing to report")
+    root = Path(root)
+    rows = summarize(records)
+    parts = [f"<h1>{html.escape(title)}</h1>\n", _table(*table(rows))]
+    parts.append(
+        '<p class="note">AP: mean ± half of the 95 % interval over seeds (Student\'s t). Learning '
+        "rate and iterations follow the images per step by the linear rule, so that every run of "
+        "a schedule sees the same images. Step time is the median; memory the peak.</p>\n"
+    )
+    if missing:
+        items = "".join(f"<li>{html.escape(text)}</li>" for text in missing)
+        parts.append(f'<p class="failed">Without a result:</p><ul class="failed">{items}</ul>\n')
+    for name, content in save_figures(make_figures(records), root / "plots").items():
+        parts.append(f"<h2>{_TITLES[name]}</h2>\n{_image(content, 'png', _TITLES[name])}\n")
+        parts.append(f'<p class="note">{html.escape(_NOTES.get(name, ""))}</p>\n')
+    parts.append(f"<h2>Predictions</h2>\n{_pictures(records, root)}")
+    parts.append("<h2>Where the configs differ</h2>\n" + _table(*differences(records)))
+    parts.append(f"<h2>Provenance</h2>\n{_provenance(records, command)}")
+    page = (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
+        f"<body>\n{''.join(parts)}</body></html>\n"
+    )
+    (root / "results.md").write_text(to_markdown(rows))
+    (root / "results.csv").write_text(summary_csv(rows))
+    (root / "runs.csv").write_text(runs_csv(records))
+    path = root / "report.html"
+    path.write_text(page)
+    return path

@@ -1,0 +1,178 @@
+"""Running a plan: several processes at a time, resumable, with progress over all of them."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..engine.visualize import read_metrics
+from .plan import Run
+from .records import make_record, write_record
+
+__all__ = ["Failure", "child_command", "repeat_command", "run_all"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that did not finish: why, in one line, and where its output is."""
+
+    run: Run
+    reason: str
+    log: str
+
+
+def child_command(
+    run: Run, folder: Path, *, script: str, modules: Sequence[str] = (), pictures: int = 0
+) -> list[str]:
+    """The command of one run's process; it starts the run, or continues it."""
+    command = [sys.executable, "-m", "wsbcn_d2.study.child", "--script", script]
+    command += ["--parent", str(os.getpid()), "--config-file", run.config_file]
+    command += ["--folder", str(folder), "--pictures", str(pictures)]
+    for name in modules:
+        command += ["--import", name]
+    if not run.first_batch_init:
+        command.append("--no-first-batch-init")
+    return [*command, "--", *run.overrides]
+
+
+def repeat_command(run: Run, script: str) -> str:
+    """For the record: how to do this one run by hand."""
+    note = "" if run.first_batch_init else "  # and first-batch initialisation off"
+    parts = ["python", script, "--config-file", run.config_file, *run.overrides]
+    return " ".join(f'"{p}"' if set(p) & set(" ()") else p for p in parts) + note
+
+
+class _Process:
+    """One run that is under way."""
+
+    def __init__(self, run: Run, folder: Path, command: list[str], env: dict[str, str]):
+        self.run, self.folder = run, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = folder / "output.txt"
+        self.iterations = self._read_iterations()
+        with self.log.open("ab") as log:
+            # In a session of its own: Ctrl-C reaches the study, which then ends its runs.
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=env, start_new_session=True
+            )
+
+    def _read_iterations(self) -> int:
+        path = self.folder / "metrics.json"
+        if not path.is_file():
+            return 0
+        series = read_metrics(str(path)).values()
+        return min(1 + max((s[-1][0] for s in series), default=-1), self.run.max_iter)
+
+    def progress(self) -> int:
+        """Images seen since the last call."""
+        before, self.iterations = self.iterations, max(self.iterations, self._read_iterations())
+        return (self.iterations - before) * self.run.images_per_step
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+
+    def reason(self) -> str:
+        lines = [x.strip() for x in self.log.read_text(errors="replace").splitlines() if x.strip()]
+        last = lines[-1] if lines else "no output"
+        return f"exit code {self.process.returncode}: {last[:300]}"
+
+
+def run_all(
+    runs: Sequence[Run],
+    root: str | os.PathLike,
+    command_of: Callable[[Run, Path], list[str]],
+    *,
+    jobs: int = 1,
+    repeat_of: Callable[[Run], str] = lambda run: "",
+    keep_checkpoints: bool = False,
+    on_record: Callable[[dict], None] = lambda record: None,
+    poll_seconds: float = 1.0,
+) -> list[Failure]:
+    """Run everything, ``jobs`` at a time; write ``root/records/<name>.json`` for each that ends.
+
+    Args:
+        runs: those without a record.
+        root: holds ``runs/<name>``, where an interrupted run goes on.
+        command_of: (run, folder) to the command of its process.
+        jobs: processes at a time; the cores are shared evenly unless OMP_NUM_THREADS is set.
+        repeat_of: run to the command that goes into its record.
+        keep_checkpoints: else a finished run's ``.pth`` files are removed.
+        on_record: called with every new record.
+        poll_seconds: how often to look.
+
+    Returns:
+        list[Failure]: runs that ended without a result; the others are not held up by them.
+    """
+    root = Path(root)
+    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // jobs)))
+    package = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
+    waiting, active, failures = list(runs), [], []
+    total = sum(run.max_iter * run.images_per_step for run in runs)
+    bar = tqdm(total=total, unit="img", smoothing=0.05, disable=not runs)
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        while waiting or active:
+            while waiting and len(active) < jobs:
+                run = waiting.pop(0)
+                folder = root / "runs" / run.name
+                active.append(_Process(run, folder, command_of(run, folder), env))
+                bar.update(active[-1].iterations * run.images_per_step)
+            time.sleep(poll_seconds)
+            for item in list(active):
+                bar.update(item.progress())
+                if item.process.poll() is None:
+                    continue
+                active.remove(item)
+                ended = _finish(item, root, repeat_of(item.run), threads)
+                if isinstance(ended, Failure):
+                    failures.append(ended)
+                    tqdm.write(f"failed: {item.run.name}: {ended.reason} (see {ended.log})")
+                    continue
+                on_record(ended)
+                figures = ", ".join(f"{k} AP {v:.1f}" for k, v in ended["final_ap"].items())
+                tqdm.write(f"done: {item.run.name}: {figures}")
+                if not keep_checkpoints:
+                    _remove_checkpoints(item.folder)
+            bar.set_postfix_str(f"{len(waiting) + len(active)} of {len(runs)} runs to go")
+    finally:
+        for item in active:
+            item.stop()
+        signal.signal(signal.SIGTERM, previous)
+        bar.close()
+    return failures
+
+
+def _interrupt(signum, frame):
+    raise KeyboardInterrupt
+
+
+def _finish(item: _Process, root: Path, repeat: str, threads: int) -> dict | Failure:
+    if item.process.returncode:
+        return Failure(item.run, item.reason(), str(item.log))
+    try:
+        record = make_record(item.run, item.folder, repeat, threads)
+    except (OSError, ValueError, KeyError) as error:
+        return Failure(item.run, f"no result: {error}", str(item.log))
+    write_record(record, root / "records" / f"{item.run.name}.json")
+    return record
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    for path in [*folder.glob("model_*.pth"), folder / "last_checkpoint"]:
+        path.unlink(missing_ok=True)
+    shutil.rmtree(folder / "inference", ignore_errors=True)

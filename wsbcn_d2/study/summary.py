@@ -1,0 +1,167 @@
+"""Tables of a study: one row per variant and number of images, aggregated over seeds."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .plan import default_of
+from .stats import mean_interval
+
+__all__ = ["TASKS", "Row", "differences", "runs_csv", "summarize", "summary_csv", "to_markdown"]
+
+TASKS = {"bbox": "box AP", "segm": "mask AP", "keypoints": "keypoint AP"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant at a number of images per step.
+
+    Attributes:
+        seeds: of its records.
+        ap: task to (mean, half width of the 95 % interval or None).
+        step_seconds, train_seconds, memory_mb: medians over seeds; None if unknown.
+    """
+
+    variant: str
+    images_per_step: int
+    max_iter: int
+    learning_rate: float
+    seeds: tuple[int, ...]
+    ap: dict[str, tuple[float, float | None]]
+    step_seconds: float | None
+    train_seconds: float | None
+    memory_mb: float | None
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = sorted(v for v in values if v is not None)
+    if not known:
+        return None
+    middle = len(known) // 2
+    return known[middle] if len(known) % 2 else (known[middle - 1] + known[middle]) / 2
+
+
+def group(records: Sequence[dict]) -> dict[tuple[str, int], list[dict]]:
+    """Records by (variant, images per step), in order of appearance, images first."""
+    groups: dict[tuple[str, int], list[dict]] = {}
+    for record in records:
+        groups.setdefault((record["variant"], record["images_per_step"]), []).append(record)
+    order = list(dict.fromkeys(variant for variant, _ in groups))
+    return dict(sorted(groups.items(), key=lambda item: (item[0][1], order.index(item[0][0]))))
+
+
+def summarize(records: Sequence[dict]) -> list[Row]:
+    """One row per variant and images per step, in order of appearance."""
+    rows = []
+    for (variant, images), members in group(records).items():
+        tasks = [task for task in members[0]["final_ap"] if all(task in m["ap"] for m in members)]
+        rows.append(
+            Row(
+                variant,
+                images,
+                members[0]["max_iter"],
+                members[0]["learning_rate"],
+                tuple(sorted(m["seed"] for m in members)),
+                {task: mean_interval([m["final_ap"][task] for m in members]) for task in tasks},
+                _median([m["step_seconds"] for m in members]),
+                _median([m["train_seconds"] for m in members]),
+                _median([m["memory_mb"] for m in members]),
+            )
+        )
+    return rows
+
+
+def _tasks(rows: Sequence[Row]) -> list[str]:
+    return sorted({task for row in rows for task in row.ap})
+
+
+def _interval(value: tuple[float, float | None] | None) -> str:
+    if value is None:
+        return "-"
+    mean, half = value
+    return f"{mean:.1f}" if half is None else f"{mean:.1f} ± {half:.1f}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of the summary, as text."""
+    tasks = _tasks(rows)
+    head = ["variant", "images/step", *(TASKS.get(task, f"{task} AP") for task in tasks)]
+    head += ["seeds", "iterations", "learning rate", "s/step", "training s", "memory MB"]
+    cells = [
+        [
+            row.variant,
+            str(row.images_per_step),
+            *(_interval(row.ap.get(task)) for task in tasks),
+            str(len(row.seeds)),
+            str(row.max_iter),
+            f"{row.learning_rate:g}",
+            _number(row.step_seconds, ".3f"),
+            _number(row.train_seconds, ".0f"),
+            _number(row.memory_mb, ".0f"),
+        ]
+        for row in rows
+    ]
+    return head, cells
+
+
+def to_markdown(rows: Sequence[Row]) -> str:
+    """The summary as a Markdown table."""
+    head, cells = table(rows)
+    lines = [head, ["---"] * len(head), *cells]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _csv(lines: Sequence[Sequence]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()
+
+
+def summary_csv(rows: Sequence[Row]) -> str:
+    """The summary with mean and half width of the interval in columns of their own."""
+    tasks = _tasks(rows)
+    head = ["variant", "images_per_step"]
+    head += [f"{task}_ap_{what}" for task in tasks for what in ("mean", "ci95")]
+    head += ["seeds", "max_iter", "learning_rate", "step_seconds", "train_seconds", "memory_mb"]
+    lines = [head]
+    for row in rows:
+        figures = [x for task in tasks for x in row.ap.get(task, (None, None))]
+        figures = ["" if x is None else f"{x:.3f}" for x in figures]
+        lines.append(
+            [row.variant, row.images_per_step, *figures, " ".join(map(str, row.seeds))]
+            + [row.max_iter, row.learning_rate]
+            + [row.step_seconds, row.train_seconds, row.memory_mb]
+        )
+    return _csv(lines)
+
+
+def runs_csv(records: Sequence[dict]) -> str:
+    """The raw numbers: one line per run and evaluation."""
+    lines = [["variant", "images_per_step", "seed", "task", "iteration", "train_seconds", "ap"]]
+    for record in records:
+        key = [record["variant"], record["images_per_step"], record["seed"]]
+        for task, curve in record["ap"].items():
+            lines += [[*key, task, *point[:2], f"{point[2]:.3f}"] for point in curve]
+    return _csv(lines)
+
+
+def differences(records: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """Where the variants' configs differ: head (key, variants) and one line per key.
+
+    Compared are the runs at each variant's fewest images per step; seeds do not count.
+    """
+    settings: dict[str, dict] = {}
+    for (variant, _), members in group(records).items():
+        settings.setdefault(variant, members[0]["settings"])
+    keys = sorted({key for values in settings.values() for key in values} - {"SEED"})
+    lines = []
+    for key in keys:
+        values = [settings[variant].get(key, default_of(key)) for variant in settings]
+        if any(value != values[0] for value in values):
+            lines.append([key, *map(str, values)])
+    return ["key", *settings], lines
