@@ -17,6 +17,9 @@ def add_wsbcn_config(cfg: CfgNode) -> None:
         cfg: as made by :func:`detectron2.config.get_cfg`.
     """
     cfg.MODEL.WS = CfgNode()
+    # What the WS backbones and heads do to convolutions that a norm follows: "ws", standardize;
+    # "wn", weight normalization; "cwn", centred weight normalization; "none", nothing.
+    cfg.MODEL.WS.KIND = "ws"
     # Which standardization: "unbiased" (authors' BCN+WS weights), "unbiased_std" (authors' GN+WS
     # weights, their detectors, mmdetection) or "biased" (the paper's equation, timm). It must be
     # the one that MODEL.WEIGHTS was trained with.

@@ -12,7 +12,13 @@ import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
 
-from .layers import BatchChannelNorm2d, WSConv2d, standardize_weight
+from .layers import (
+    BatchChannelNorm2d,
+    WNConv2d,
+    WSConv2d,
+    normalize_weight,
+    standardize_weight,
+)
 
 __all__ = ["fold", "lazy_state_dict", "stock_state_dict"]
 
@@ -42,6 +48,8 @@ def fold(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if type(module) is WSConv2d:
             _drop_ws(module)
+        elif isinstance(module, WNConv2d):
+            _drop_wn(module)
     group_norms: dict[int, nn.Module | None] = {}
     for conv, norm, place in pairs:
         bn = norm.bn if isinstance(norm, BatchChannelNorm2d) else norm
@@ -154,6 +162,13 @@ def _drop_ws(conv: WSConv2d) -> None:
     _set_weight(conv, weight)
     conv.__class__ = Conv2d
     del conv.ws_formula, conv.ws_eps
+
+
+def _drop_wn(conv: WNConv2d) -> None:
+    length, options = conv.weight_g, {"centred": conv.centred, "eps": conv.ws_eps}
+    _set_weight(conv, normalize_weight(conv.weight, length, **options))
+    conv.__class__ = Conv2d
+    del conv.weight_g, conv.ws_eps
 
 
 def _set_weight(conv: nn.Conv2d, weight: torch.Tensor) -> None:

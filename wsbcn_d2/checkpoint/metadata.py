@@ -6,6 +6,7 @@ from .errors import CheckpointError
 
 METADATA_KEY = "wsbcn_d2"
 FORMULAS = ("biased", "unbiased", "unbiased_std", "none")
+OTHER_KINDS = ("wn", "cwn")  # MODEL.WS.KIND, recorded in place of a formula
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Metadata:
     Attributes:
         format: name of the source format.
         norm: "GN", "BCN" or "BN" (kind of the backbone's norms).
-        ws_formula: one of ``FORMULAS``; "none" for weights trained without WS.
+        ws_formula: one of ``FORMULAS``; "none" for weights trained without WS; "wn" and "cwn" for
+            those with another reparametrization.
         ws_eps: epsilon of the formula.
         pixel_mean, pixel_std: three floats each, in the order of ``input_format``.
         input_format: "RGB" or "BGR".
@@ -78,7 +80,7 @@ class Metadata:
             if key in known
         }
         formula = values.get("ws_formula")
-        if formula is not None and formula not in FORMULAS:
+        if formula is not None and formula not in FORMULAS + OTHER_KINDS:
             raise CheckpointError(
                 f"recorded WS formula {formula!r} is unknown; known are {', '.join(FORMULAS)}"
             )

@@ -16,7 +16,7 @@ from torch import nn
 from .errors import CheckpointError, shortened
 from .formats import detect_format, foreign_norm_kind
 from .layout import BOTTOM_UP, OPTIONAL_SUFFIX, norm_kind
-from .metadata import Metadata
+from .metadata import OTHER_KINDS, Metadata
 
 _NORM_KINDS = {
     **dict.fromkeys(("BCN", "BatchBCN", "SyncBCN"), "BCN"),
@@ -58,7 +58,7 @@ class LoadExpectation:
         name = cfg.MODEL.BACKBONE.NAME
         ws = cfg.MODEL.WS if name.startswith("build_ws_") and "WS" in cfg.MODEL else None
         return cls(
-            ws_formula=ws.FORMULA if ws else "none",
+            ws_formula=_formula(ws) if ws else "none",
             norm=_NORM_KINDS.get(cfg.MODEL.RESNETS.NORM) if "resnet" in name else None,
             pixel_mean=tuple(map(float, cfg.MODEL.PIXEL_MEAN)),
             pixel_std=tuple(map(float, cfg.MODEL.PIXEL_STD)),
@@ -186,7 +186,15 @@ def _same(was, now):
     return len(was) == len(now) and all(abs(a - b) < 1e-3 for a, b in zip(was, now, strict=True))
 
 
+def _formula(ws):
+    return ws.FORMULA if ws.KIND == "ws" else ws.KIND
+
+
 def _mend(formula, current):
+    if formula in OTHER_KINDS:
+        return f"set MODEL.WS.KIND to {formula} (and use build_ws_... and WS... parts)"
+    if current in OTHER_KINDS and formula != "none":
+        return f"set MODEL.WS.KIND to ws and MODEL.WS.FORMULA to {formula}"
     if formula == "none":
         return "use a stock backbone (MODEL.BACKBONE.NAME build_resnet_...) or weights with WS"
     if current == "none":

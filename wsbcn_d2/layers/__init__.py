@@ -3,15 +3,21 @@
 from .batch_channel_norm import BatchChannelNorm2d, channel_norm
 from .estimated_batch_norm import EstimatedBatchNorm2d, set_update_rate, update_estimates
 from .norm import NORM_REGISTRY, register_norms, unregister_norms
+from .reparam import WS_KINDS, CWNConv2d, WNConv2d, convert_convs, normalize_weight
 from .ws_conv import WS_FORMULAS, WSConv2d, standardize_weight
 
 __all__ = [
     "NORM_REGISTRY",
     "WS_FORMULAS",
+    "WS_KINDS",
     "BatchChannelNorm2d",
+    "CWNConv2d",
     "EstimatedBatchNorm2d",
+    "WNConv2d",
     "WSConv2d",
     "channel_norm",
+    "convert_convs",
+    "normalize_weight",
     "register_norms",
     "set_update_rate",
     "standardize_weight",

@@ -8,13 +8,13 @@ norm refuses. Parameters and state-dict keys are those of the stock head.
 import logging
 
 from detectron2.config import configurable
-from detectron2.layers import get_norm
+from detectron2.layers import Conv2d, get_norm
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import nn
 
-from ..layers import EstimatedBatchNorm2d, WSConv2d, set_update_rate
+from ..layers import EstimatedBatchNorm2d, convert_convs, set_update_rate
 from .build import ws_options
 
 __all__ = ["WSRetinaNet", "WSRetinaNetHead"]
@@ -38,6 +38,7 @@ class WSRetinaNetHead(RetinaNetHead):
         self,
         *,
         norm="",
+        ws_kind: str = "ws",
         ws_formula: str = "unbiased",
         ws_eps: float = 1e-5,
         bcn_update_rate: float | None = None,
@@ -46,7 +47,7 @@ class WSRetinaNetHead(RetinaNetHead):
         """
         Args:
             norm (str or callable): of the subnets' convolutions; without one, none is standardized.
-            ws_formula, ws_eps: see :func:`wsbcn_d2.layers.standardize_weight`.
+            ws_kind, ws_formula, ws_eps: see :func:`wsbcn_d2.layers.convert_convs`.
             bcn_update_rate: rate of the norms' running estimates; None keeps the norm's own.
             **kwargs: those of :class:`RetinaNetHead`.
         """
@@ -54,7 +55,9 @@ class WSRetinaNetHead(RetinaNetHead):
         for subnet in (self.cls_subnet, self.bbox_subnet):
             for i, conv in enumerate(subnet):
                 if norm and isinstance(conv, nn.Conv2d):
-                    subnet[i] = _standardized(conv, ws_formula, ws_eps)
+                    subnet[i] = _reparametrized(
+                        conv, kind=ws_kind, formula=ws_formula, eps=ws_eps
+                    )
         if bcn_update_rate is not None:
             set_update_rate(self, bcn_update_rate)
         if any(isinstance(module, EstimatedBatchNorm2d) for module in self.modules()):
@@ -68,17 +71,19 @@ class WSRetinaNetHead(RetinaNetHead):
         return {**super().from_config(cfg, input_shape), **ws_options(cfg)}
 
 
-def _standardized(conv: nn.Conv2d, formula: str, eps: float) -> WSConv2d:
-    result = WSConv2d(
+def _reparametrized(conv: nn.Conv2d, **options) -> Conv2d:
+    """Detectron2's convolution on the same parameters, reparametrized as if it carried the norm."""
+    result = Conv2d(
         conv.in_channels,
         conv.out_channels,
         conv.kernel_size,
         stride=conv.stride,
         padding=conv.padding,
-        ws_formula=formula,
-        ws_eps=eps,
+        norm=nn.Identity(),
     )
     result.weight, result.bias = conv.weight, conv.bias  # initialized as the stock head does
+    convert_convs(result, **options)
+    result.norm = None  # the one that follows it in the subnet
     return result
 
 

@@ -27,6 +27,7 @@ class WSFastRCNNConvFCHead(FastRCNNConvFCHead):
         self,
         input_shape: ShapeSpec,
         *,
+        ws_kind: str = "ws",
         ws_formula: str = "unbiased",
         ws_eps: float = 1e-5,
         bcn_update_rate: float | None = None,
@@ -35,13 +36,17 @@ class WSFastRCNNConvFCHead(FastRCNNConvFCHead):
         """
         Args:
             input_shape: shape of the pooled feature.
-            ws_formula, ws_eps: see :func:`wsbcn_d2.layers.standardize_weight`.
+            ws_kind, ws_formula, ws_eps: see :func:`wsbcn_d2.layers.convert_convs`.
             bcn_update_rate: rate of the norms' running estimates; None keeps the norm's own.
             **kwargs: those of :class:`FastRCNNConvFCHead` (``conv_dims``, ``conv_norm``, ...).
         """
         super().__init__(input_shape, **kwargs)
         standardize(
-            self, ws_formula=ws_formula, ws_eps=ws_eps, bcn_update_rate=bcn_update_rate
+            self,
+            ws_kind=ws_kind,
+            ws_formula=ws_formula,
+            ws_eps=ws_eps,
+            bcn_update_rate=bcn_update_rate,
         )
 
     @classmethod
@@ -58,6 +63,7 @@ class WSMaskRCNNConvUpsampleHead(MaskRCNNConvUpsampleHead):
         self,
         input_shape: ShapeSpec,
         *,
+        ws_kind: str = "ws",
         ws_formula: str = "unbiased",
         ws_eps: float = 1e-5,
         bcn_update_rate: float | None = None,
@@ -66,13 +72,17 @@ class WSMaskRCNNConvUpsampleHead(MaskRCNNConvUpsampleHead):
         """
         Args:
             input_shape: shape of the pooled feature.
-            ws_formula, ws_eps: see :func:`wsbcn_d2.layers.standardize_weight`.
+            ws_kind, ws_formula, ws_eps: see :func:`wsbcn_d2.layers.convert_convs`.
             bcn_update_rate: rate of the norms' running estimates; None keeps the norm's own.
             **kwargs: those of :class:`MaskRCNNConvUpsampleHead`.
         """
         super().__init__(input_shape, **kwargs)
         standardize(
-            self, ws_formula=ws_formula, ws_eps=ws_eps, bcn_update_rate=bcn_update_rate
+            self,
+            ws_kind=ws_kind,
+            ws_formula=ws_formula,
+            ws_eps=ws_eps,
+            bcn_update_rate=bcn_update_rate,
         )
 
     @classmethod
@@ -88,6 +98,7 @@ class WSRes5ROIHeads(Res5ROIHeads):
     def __init__(
         self,
         *,
+        ws_kind: str = "ws",
         ws_formula: str = "unbiased",
         ws_eps: float = 1e-5,
         bcn_update_rate: float | None = None,
@@ -95,13 +106,17 @@ class WSRes5ROIHeads(Res5ROIHeads):
     ):
         """
         Args:
-            ws_formula, ws_eps: see :func:`wsbcn_d2.layers.standardize_weight`.
+            ws_kind, ws_formula, ws_eps: see :func:`wsbcn_d2.layers.convert_convs`.
             bcn_update_rate: rate of the norms' running estimates; None keeps the norm's own.
             **kwargs: those of :class:`Res5ROIHeads`.
         """
         super().__init__(**kwargs)
         standardize(
-            self.res5, ws_formula=ws_formula, ws_eps=ws_eps, bcn_update_rate=bcn_update_rate
+            self.res5,
+            ws_kind=ws_kind,
+            ws_formula=ws_formula,
+            ws_eps=ws_eps,
+            bcn_update_rate=bcn_update_rate,
         )
 
     @classmethod
