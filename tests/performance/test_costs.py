@@ -1,0 +1,128 @@
+"""What must not happen behind the layers' backs: copies kept, host syncs, recompilation."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from wsbcn_d2 import BatchChannelNorm2d, EstimatedBatchNorm2d, WSConv2d
+from wsbcn_d2.layers import fused_bcn
+
+
+def kept_bytes(module, x):
+    """Bytes of the distinct tensors kept for backward."""
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = module(x)
+    assert y.requires_grad
+    return sum(kept.values())
+
+
+# The smallest maps of R-50-FPN at 800x1216, where numbers per channel weigh most, and others.
+@pytest.mark.parametrize("shape", [(1, 512, 25, 38), (2, 256, 25, 38), (1, 64, 50, 76)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_bytes_kept_for_backward_are_group_norms(shape, layout):
+    x = torch.randn(shape).contiguous(memory_format=layout).requires_grad_()
+    ours = kept_bytes(BatchChannelNorm2d(shape[1]), x)
+    assert ours <= 1.02 * kept_bytes(nn.GroupNorm(32, shape[1]), x)
+
+
+def test_a_half_input_is_kept_as_half():
+    x = torch.randn(1, 64, 40, 50).bfloat16().requires_grad_()
+    assert kept_bytes(BatchChannelNorm2d(64), x) <= 1.02 * x.nbytes
+
+
+class Syncs(TorchDispatchMode):
+    """Counts operations whose result the host must wait for on a GPU."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.seen = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += 1
+        name = func.__name__.split(".")[0]
+        if name in self.NAMES:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_detector_of_syncs_detects():
+    with Syncs() as syncs:
+        torch.ones(1).item()
+    assert syncs.found == ["_local_scalar_dense"]
+
+
+@pytest.mark.parametrize("fused", ["native", "off"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("formula", ["unbiased", "unbiased_std"])
+def test_no_host_sync(monkeypatch, fused, layout, formula):
+    monkeypatch.setenv("WSBCN_FUSED", fused)
+    model = nn.Sequential(
+        WSConv2d(4, 8, 3, norm=BatchChannelNorm2d(8, 4), ws_formula=formula),
+        WSConv2d(8, 8, 3, norm=EstimatedBatchNorm2d(8), ws_formula=formula),
+    )
+    x = torch.randn(2, 4, 8, 8).contiguous(memory_format=layout).requires_grad_()
+    with Syncs() as syncs:
+        for _ in range(2):
+            model(x).sum().backward()
+    assert syncs.seen > 50
+    assert not syncs.found
+
+
+def test_changing_sizes_do_not_recompile(monkeypatch):
+    captured = []
+
+    def backend(graph, inputs):
+        captured.append(graph)
+        return graph.forward
+
+    monkeypatch.setenv("WSBCN_FUSED", "compile")
+    monkeypatch.setattr(fused_bcn._Compiled, "options", {"dynamic": True, "backend": backend})
+    monkeypatch.setattr(fused_bcn._Compiled, "broken", False)
+    fused_bcn._Compiled.passes.cache_clear()
+    norms = {c: BatchChannelNorm2d(c, 4) for c in (8, 16)}
+    draw = random.Random(0)
+    for _ in range(200):
+        c = draw.choice((8, 16))
+        n = draw.choice((1, 1, 2, draw.randint(3, 40)))
+        x = torch.randn(n, c, draw.randint(2, 20), draw.randint(2, 20), requires_grad=True)
+        y = norms[c](x)
+        assert type(y.grad_fn).__name__.startswith("_FusedBCN")
+        y.sum().backward()
+    assert not fused_bcn._Compiled.broken
+    assert 2 <= len(captured) <= 8
+    fused_bcn._Compiled.passes.cache_clear()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("formula", ["unbiased", "unbiased_std"])
+def test_a_compiled_model_has_no_graph_breaks(training, formula):
+    model = nn.Sequential(
+        WSConv2d(4, 8, 3, norm=BatchChannelNorm2d(8, 4), activation=nn.ReLU(), ws_formula=formula),
+        WSConv2d(8, 8, 1, norm=BatchChannelNorm2d(8, 4), ws_formula=formula),
+        WSConv2d(8, 8, 3, norm=EstimatedBatchNorm2d(8), ws_formula=formula),
+    ).train(training)
+    model(torch.randn(1, 4, 9, 9))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 4, 9, 9)
+    twin = {k: v.clone() for k, v in model.state_dict().items()}
+    y = compiled(x)
+    y.sum().backward()
+    after = {k: v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict(twin)
+    torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-5)
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(after[key], value, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
