@@ -57,7 +57,9 @@ def cli() -> int:
     args = default_argument_parser().parse_args()
     try:
         cfg = load_config(args.config_file, args.opts)
-        check_config(cfg, world_size=world_size_of(args), eval_only=args.eval_only)
+        check_config(
+            cfg, world_size=world_size_of(args), eval_only=args.eval_only, resume=args.resume
+        )
         launch(main, args)
     except (UsageError, CheckpointError, ShapesDataError) as error:
         print(f"error: {error}", file=sys.stderr)

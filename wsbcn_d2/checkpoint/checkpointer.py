@@ -54,13 +54,19 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
         Raises:
             CheckpointError: see the class.
         """
-        self._path = path = str(path or "")
-        path, mark, query = path.partition("?")
-        query = parse_qs(query) if mark else {}
-        self._heuristics = query.pop("matching_heuristics", ["False"]) == ["True"]
-        if query:
-            raise CheckpointError(f"{self._path}: unknown query {', '.join(query)}")
-        return super().load(path, *args, **kwargs)
+        return super().load(self._without_query(path), *args, **kwargs)
+
+    def check(self, path):
+        """Goes as far as :meth:`load` without touching the model, which may be on "meta".
+
+        Args:
+            path: as for :meth:`load`.
+
+        Raises:
+            CheckpointError: what :meth:`load` would refuse.
+        """
+        if path := self._without_query(path):
+            self._accepted(self._load_file(self.path_manager.get_local_path(path)))
 
     def save(self, name, **kwargs):
         """As fvcore's, with the model's conventions recorded."""
@@ -88,7 +94,17 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
             data["matching_heuristics"] = True
         return data
 
-    def _load_model(self, checkpoint):
+    def _without_query(self, path):
+        self._path = path = str(path or "")
+        path, mark, query = path.partition("?")
+        query = parse_qs(query) if mark else {}
+        self._heuristics = query.pop("matching_heuristics", ["False"]) == ["True"]
+        if query:
+            raise CheckpointError(f"{self._path}: unknown query {', '.join(query)}")
+        return path
+
+    def _accepted(self, checkpoint):
+        """The state dict to load, by the model's names; raises if it is not to be loaded."""
         model = checkpoint["model"]
         if not isinstance(model, dict) or not model:
             raise CheckpointError(f"{self._path}: holds no state dict")
@@ -112,7 +128,10 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
             )
         found, total = check_coverage(self.model, model, self._path)
         self.logger.info(f"{found} of the model's {total} parameters and buffers are in the file")
-        checkpoint["model"] = model
+        return model
+
+    def _load_model(self, checkpoint):
+        checkpoint["model"] = self._accepted(checkpoint)
         incompatible = super()._load_model(checkpoint)
         for names in (incompatible.missing_keys, incompatible.unexpected_keys):
             # A counter that frozen norms do not keep.

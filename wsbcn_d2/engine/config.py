@@ -14,7 +14,9 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
+from torch import nn
 
+from ..checkpoint import LoadExpectation, WSBCNCheckpointer
 from ..config import get_cfg
 from .hooks import UpdateRateSchedule
 
@@ -83,19 +85,23 @@ def load_config(config_file: str, opts: Iterable[str] = ()) -> CfgNode:
     return cfg
 
 
-def check_config(cfg: CfgNode, *, world_size: int = 1, eval_only: bool = False) -> None:
+def check_config(
+    cfg: CfgNode, *, world_size: int = 1, eval_only: bool = False, resume: bool = False
+) -> None:
     """Refuse a config that training or evaluation would stumble over.
 
-    Checked are datasets, weights, batch size, update rate, and that the model can be built
-    (names, norms, channels), which is tried on the meta device. Nothing is written.
+    Checked are datasets, batch size, update rate, that the model can be built (names, norms,
+    channels), which is tried on the meta device, and that the weights belong to it. Nothing is
+    written.
 
     Args:
         cfg: the config.
         world_size: number of processes.
         eval_only: leave out what concerns training alone.
+        resume: leave out the weights if ``OUTPUT_DIR`` has a checkpoint to resume from.
 
     Raises:
-        UsageError: for the first thing found.
+        UsageError, CheckpointError: for the first thing found.
     """
     if not eval_only:
         check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
@@ -106,12 +112,17 @@ def check_config(cfg: CfgNode, *, world_size: int = 1, eval_only: bool = False) 
             keys=("SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE"),
         )
     check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
-    check_weights(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
+    weights = cfg.MODEL.WEIGHTS
+    if resume and PathManager.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+        weights = ""
+    check_weights(weights, "MODEL.WEIGHTS")
     try:
         UpdateRateSchedule(cfg.MODEL.BCN.UPDATE_RATE, cfg.MODEL.BCN.UPDATE_RATE_SCHEDULE)
     except ValueError as error:
         raise UsageError(f"MODEL.BCN: {one_line(error)}") from error
-    _check_model(cfg)
+    model = _model_on_meta(cfg)
+    if weights and "://" not in weights:  # others are fetched, and checked then
+        WSBCNCheckpointer(model, expected=LoadExpectation.from_cfg(cfg)).check(weights)
 
 
 def check_datasets(names: Iterable[str], key: str) -> None:
@@ -186,13 +197,13 @@ def check_weights(weights: str, key: str) -> None:
         )
 
 
-def _check_model(cfg: CfgNode) -> None:
+def _model_on_meta(cfg: CfgNode) -> nn.Module:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "meta"
     try:
         with torch.device("meta"):
-            build_model(cfg)
+            return build_model(cfg)
     except (KeyError, ValueError, AssertionError, AttributeError) as error:
         norms = []
         for key in _NORM_KEYS:
