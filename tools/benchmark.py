@@ -49,10 +49,11 @@ class Runner:
             end.record()
             end.synchronize()
             return begin.elapsed_time(end)
-        begin = time.perf_counter()
+        clock = time.thread_time if self.args.cpu_time else time.perf_counter
+        begin = clock()
         with self.autocast():
             run()
-        return (time.perf_counter() - begin) * 1e3
+        return (clock() - begin) * 1e3
 
     def rounds(self, runs: dict) -> dict[str, list[float]]:
         """Times of each callable, interleaved, after warm-up rounds."""
@@ -116,6 +117,11 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--amp", action="store_true", help="float16 on CUDA, bfloat16 on the CPU")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count the CPU time of one thread instead, where others use the machine",
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--images", type=int, nargs="+", default=[1], help="images per batch")
@@ -126,6 +132,8 @@ def parse(argv) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.mode == "step" and len(args.configs) < 2:
         parser.error("step mode compares two or more configs")
+    if args.cpu_time and args.device == "cuda":
+        parser.error("--cpu-time is for --device cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device here")
     if args.rounds < 1 or args.warmup < 0:
@@ -157,6 +165,8 @@ def main(argv=None) -> int:
     from benchmark_modes import MODES
 
     args = parse(argv)
+    if args.cpu_time:
+        args.threads = 1
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
