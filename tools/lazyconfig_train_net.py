@@ -18,7 +18,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from wsbcn_d2.checkpoint import CheckpointError, WSBCNCheckpointer
-from wsbcn_d2.data import ShapesDataError
+from wsbcn_d2.data import DataError
 from wsbcn_d2.engine import UsageError, launch, lazy
 from wsbcn_d2.engine.launch import world_size_of
 
@@ -47,7 +47,7 @@ def cli() -> int:
         cfg = lazy.load_lazy_config(args.config_file, args.opts)
         lazy.check_lazy_config(cfg, world_size=world_size_of(args), eval_only=args.eval_only)
         launch(main, args)
-    except (UsageError, CheckpointError, ShapesDataError) as error:
+    except (UsageError, CheckpointError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -18,7 +18,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from wsbcn_d2.checkpoint import CheckpointError, LoadExpectation, WSBCNCheckpointer
-from wsbcn_d2.data import ShapesDataError
+from wsbcn_d2.data import DataError
 from wsbcn_d2.engine import Trainer, UsageError, check_config, launch, load_config
 from wsbcn_d2.engine.launch import world_size_of
 
@@ -61,7 +61,7 @@ def cli() -> int:
             cfg, world_size=world_size_of(args), eval_only=args.eval_only, resume=args.resume
         )
         launch(main, args)
-    except (UsageError, CheckpointError, ShapesDataError) as error:
+    except (UsageError, CheckpointError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -7,6 +7,7 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 
 from wsbcn_d2.checkpoint import METADATA_KEY, CheckpointError, LoadExpectation, WSBCNCheckpointer
+from wsbcn_d2.checkpoint.placement import place_backbone
 from wsbcn_d2.engine import Trainer, UsageError, check_config, load_config
 from wsbcn_d2.engine.classification import TopKEvaluator
 
@@ -86,27 +87,29 @@ def test_a_detector_takes_every_backbone_key(overrides, prefix, checkpoint):
         assert torch.equal(own[name], source[name.removeprefix(prefix)]), name
 
 
-def test_a_c4_detector_takes_res5_for_its_head(classifier_cfg, tmp_path):
-    options = ["MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256]
-    model = build_model(classifier_cfg(*options))
-    WSBCNCheckpointer(model, str(tmp_path)).save("classifier")
+def test_a_c4_detector_takes_res5_for_its_head(classifier_cfg):
+    options = ["MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.RES2_OUT_CHANNELS", "256"]
     cfg = load_config(
         DETECTOR,
         [
             *TINY,
-            *("MODEL.BACKBONE.NAME", "build_ws_resnet_backbone"),
-            *("MODEL.RESNETS.DEPTH", "50", "MODEL.RESNETS.RES2_OUT_CHANNELS", "256"),
+            *(*options, "MODEL.BACKBONE.NAME", "build_ws_resnet_backbone"),
             *("MODEL.RESNETS.STEM_OUT_CHANNELS", "64", "MODEL.RESNETS.OUT_FEATURES", "['res4']"),
             *("MODEL.RPN.IN_FEATURES", "['res4']", "MODEL.ROI_HEADS.IN_FEATURES", "['res4']"),
             *("MODEL.ROI_HEADS.NAME", "WSRes5ROIHeads", "MODEL.ANCHOR_GENERATOR.SIZES", "[[32]]"),
+            *("MODEL.DEVICE", "meta"),
         ],
     )
-    detector = build_model(cfg)
-    WSBCNCheckpointer(detector).load(str(tmp_path / "classifier.pth"))
-    pairs = [("backbone.", "res4.5.conv3.weight"), ("roi_heads.", "res5.2.conv3.norm.bn.weight")]
-    for prefix, name in [*pairs, ("roi_heads.", "res5.0.shortcut.weight")]:
-        theirs = model.state_dict()[f"backbone.{name}"]
-        assert torch.equal(detector.state_dict()[prefix + name], theirs)
+    with torch.device("meta"):
+        classifier = build_model(classifier_cfg(*options, "MODEL.DEVICE", "meta")).state_dict()
+        detector = build_model(cfg).state_dict()
+    placed = place_backbone(classifier, detector)
+    backbone = [n for n in detector if n.startswith(("backbone.", "roi_heads.res5."))]
+    assert len(backbone) == 424  # 53 convolutions, and 7 entries per BCN
+    assert all(placed[name].shape == detector[name].shape for name in backbone)
+    assert "roi_heads.res5.0.shortcut.weight" in backbone
+    # A detector's own names stay where they are.
+    assert place_backbone(detector, detector).keys() == detector.keys()
 
 
 def test_a_classifier_of_other_classes_takes_all_but_the_linear_layer(checkpoint, classifier_cfg):
@@ -151,6 +154,30 @@ def test_absent_data_is_refused_before_anything_is_written(tmp_path, crops_optio
     options = [*crops_options, "DATASETS.TRAIN", "('cifar10_train',)"]
     with pytest.raises(UsageError, match="cifar10_train.*absent.*cifar-10-batches-bin"):
         check_config(load_config(CLASSIFIER, options))
+
+
+@pytest.mark.parametrize(
+    "overrides,message",
+    [
+        (["SOLVER.ACCUMULATE", "5"], "ACCUMULATE 5 cannot split the 4 images.*1 to 4"),
+        (["SOLVER.ACCUMULATE", "0"], "ACCUMULATE 0 cannot split"),
+        (["SOLVER.REFERENCE_WORLD_SIZE", "2", "SOLVER.ACCUMULATE", "3"], "split the 2 images"),
+        (["INPUT.CLASSIFICATION.TRAIN_CROP", "any"], "unknown INPUT.CLASSIFICATION.TRAIN_CROP"),
+        (["MODEL.CLASSIFIER.NUM_CLASSES", "0"], "NUM_CLASSES must be positive"),
+        (["MODEL.WS.KIND", "any"], "unknown MODEL.WS.KIND 'any'"),
+    ],
+)
+def test_wrong_options_are_refused_in_one_line(overrides, message, crops_options):
+    with pytest.raises(UsageError, match=message) as error:
+        check_config(load_config(CLASSIFIER, [*crops_options, *overrides]))
+    assert "\n" not in str(error.value)
+
+
+def test_a_classifiers_checkpoint_passes_the_check_of_a_detectors_config(checkpoint):
+    options = [*TINY, "MODEL.RESNETS.STEM_OUT_CHANNELS", "64", "MODEL.WEIGHTS", checkpoint[0]]
+    check_config(load_config(DETECTOR, options))
+    with pytest.raises(CheckpointError, match="BCN but the model's has GN"):
+        check_config(load_config(DETECTOR, [*options, "MODEL.RESNETS.NORM", "GN"]))
 
 
 # The evaluator.

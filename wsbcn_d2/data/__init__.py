@@ -1,7 +1,7 @@
 """Data sets that come with the package; importing this registers them and writes nothing."""
 
 from .classification import ClassificationMapper, classification_mapper, register_classification
-from .errors import ClassificationDataError
+from .errors import ClassificationDataError, DataError
 from .shapes import (
     GENERATOR_VERSION,
     ShapesDataError,
@@ -18,6 +18,7 @@ __all__ = [
     "CLASSES",
     "ClassificationDataError",
     "ClassificationMapper",
+    "DataError",
     "GENERATOR_VERSION",
     "Instance",
     "ShapesDataError",

@@ -21,6 +21,7 @@ from iopath.common.file_io import file_lock
 from PIL import Image
 from pycocotools import mask as mask_util
 
+from .errors import DataError
 from .shapes_outline import CLASSES
 from .shapes_render import Instance, render_scene
 
@@ -35,7 +36,7 @@ _STAMP = "spec.json"
 _logger = logging.getLogger("wsbcn_d2.data")
 
 
-class ShapesDataError(RuntimeError):
+class ShapesDataError(DataError):
     """The shapes set cannot be written or read; the message names the folder and the mend."""
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..checkpoint import LoadExpectation, WSBCNCheckpointer
 from ..config import get_cfg
+from ..data import classification_mapper
 from .hooks import UpdateRateSchedule
 
 __all__ = [
@@ -111,6 +112,11 @@ def check_config(
             world_size,
             keys=("SOLVER.IMS_PER_BATCH", "SOLVER.REFERENCE_WORLD_SIZE"),
         )
+        _check_accumulation(cfg, world_size)
+        try:
+            classification_mapper(cfg, cfg.DATASETS.TRAIN, is_train=True)
+        except ValueError as error:
+            raise UsageError(one_line(error)) from error
     check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
     weights = cfg.MODEL.WEIGHTS
     if resume and PathManager.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
@@ -123,6 +129,16 @@ def check_config(
     model = _model_on_meta(cfg)
     if weights and "://" not in weights:  # others are fetched, and checked then
         WSBCNCheckpointer(model, expected=LoadExpectation.from_cfg(cfg)).check(weights)
+
+
+def _check_accumulation(cfg: CfgNode, world_size: int) -> None:
+    # With a reference world size, the images per process stay the same.
+    per_process = cfg.SOLVER.IMS_PER_BATCH // (cfg.SOLVER.REFERENCE_WORLD_SIZE or world_size)
+    if not 1 <= cfg.SOLVER.ACCUMULATE <= per_process:
+        raise UsageError(
+            f"SOLVER.ACCUMULATE {cfg.SOLVER.ACCUMULATE} cannot split the {per_process} images of "
+            f"a process's step: make it 1 to {per_process}, or SOLVER.IMS_PER_BATCH larger"
+        )
 
 
 def check_datasets(names: Iterable[str], key: str) -> None:
