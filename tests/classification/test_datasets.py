@@ -15,7 +15,11 @@ from wsbcn_d2 import data
 from wsbcn_d2.data import ClassificationDataError, ClassificationMapper
 from wsbcn_d2.data.augmentation import CenterCrop, PadAndCrop, RandomResizedCrop
 from wsbcn_d2.data.cifar import load_cifar, register_cifar
-from wsbcn_d2.data.classification import classification_mapper, register_classification
+from wsbcn_d2.data.classification import (
+    classification_mapper,
+    classification_test_loader,
+    register_classification,
+)
 from wsbcn_d2.data.image_folder import load_image_folder, register_image_folder
 from wsbcn_d2.data.shapes_crops import object_crops
 
@@ -289,4 +293,18 @@ def test_mapper_refusals(classifier_cfg):
 def test_detection_data_sets_keep_detectron2s_mapper(classifier_cfg):
     cfg = classifier_cfg()
     assert classification_mapper(cfg, ["shapes_train"], True) is None
+    assert classification_test_loader(cfg, "shapes_train") is None
     assert classification_mapper(cfg, ["cifar10_test"], False) is not None
+
+
+def test_the_test_loader_yields_every_image_once_in_batches(classifier_cfg, tmp_path):
+    write_cifar(tmp_path, "cifar10", as_archive=False, per_file=70)
+    register_cifar("test_cifar", tmp_path, "cifar10", "test")
+    cfg = classifier_cfg("DATALOADER.NUM_WORKERS", 0, "MODEL.CLASSIFIER.NUM_CLASSES", 10)
+    try:
+        batches = list(classification_test_loader(cfg, "test_cifar"))
+    finally:
+        DatasetCatalog.remove("test_cifar")
+        MetadataCatalog.remove("test_cifar")
+    assert [len(batch) for batch in batches] == [32, 32, 6]
+    assert [x["image_id"] for batch in batches for x in batch] == list(range(70))

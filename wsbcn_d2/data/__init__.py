@@ -1,6 +1,11 @@
 """Data sets that come with the package; importing this registers them and writes nothing."""
 
-from .classification import ClassificationMapper, classification_mapper, register_classification
+from .classification import (
+    ClassificationMapper,
+    classification_mapper,
+    classification_test_loader,
+    register_classification,
+)
 from .errors import ClassificationDataError, DataError
 from .shapes import (
     GENERATOR_VERSION,
@@ -24,6 +29,7 @@ __all__ = [
     "ShapesDataError",
     "ShapesSpec",
     "classification_mapper",
+    "classification_test_loader",
     "default_root",
     "ensure_shapes",
     "register_classification",

@@ -9,9 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.data import MetadataCatalog
+from detectron2.data import (
+    DatasetFromList,
+    MapDataset,
+    MetadataCatalog,
+    get_detection_dataset_dicts,
+)
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
+from detectron2.data.build import trivial_batch_collator
+from detectron2.data.samplers import InferenceSampler
 
 from .augmentation import CenterCrop, PadAndCrop, RandomResizedCrop
 from .cifar import register_cifar
@@ -19,7 +26,14 @@ from .image_folder import register_image_folder
 from .shapes import default_root
 from .shapes_crops import register_shapes_crops
 
-__all__ = ["ClassificationMapper", "classification_mapper", "register_classification"]
+__all__ = [
+    "ClassificationMapper",
+    "classification_mapper",
+    "classification_test_loader",
+    "register_classification",
+]
+
+_TEST_BATCH = 32
 
 
 class ClassificationMapper:
@@ -106,6 +120,30 @@ def classification_mapper(cfg: CfgNode, names, is_train: bool) -> Classification
     if kinds == {"classification"}:
         return ClassificationMapper(cfg, is_train)
     return None
+
+
+def classification_test_loader(cfg: CfgNode, name: str) -> torch.utils.data.DataLoader | None:
+    """A test loader of batches, where Detectron2's (v0.6) yields one image at a time.
+
+    Args:
+        cfg: the config.
+        name: a registered data set.
+
+    Returns:
+        DataLoader over this process's share of the images; None for other data sets than
+        classification's.
+    """
+    mapper = classification_mapper(cfg, [name], is_train=False)
+    if mapper is None:
+        return None
+    dataset = DatasetFromList(get_detection_dataset_dicts([name], filter_empty=False), copy=False)
+    return torch.utils.data.DataLoader(
+        MapDataset(dataset, mapper),
+        batch_size=_TEST_BATCH,
+        sampler=InferenceSampler(len(dataset)),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=trivial_batch_collator,
+    )
 
 
 def register_classification(root: str | os.PathLike | None = None) -> None:

@@ -15,7 +15,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
 
 from ..checkpoint import CheckpointError, LoadExpectation, WSBCNCheckpointer
-from ..data import classification_mapper
+from ..data import classification_mapper, classification_test_loader
 from .accumulate import accumulate
 from .evaluation import build_evaluator
 from .hooks import EstimateSync, UpdateRateSchedule
@@ -53,9 +53,9 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        """As :meth:`build_train_loader`, for testing."""
-        mapper = classification_mapper(cfg, [dataset_name], is_train=False)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        """Detectron2's loader, or :func:`wsbcn_d2.data.classification_test_loader`."""
+        loader = classification_test_loader(cfg, dataset_name)
+        return build_detection_test_loader(cfg, dataset_name) if loader is None else loader
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, and this project's right after the learning-rate scheduler.
