@@ -58,7 +58,12 @@ def standardize_weight(
     Raises:
         ValueError: for an unknown formula, or filters of a single element.
     """
-    fan_in = _check_filters(weight, formula)
+    _check_filters(weight, formula)
+    return _standardize(weight, formula, eps)
+
+
+# Apart, because TorchScript takes no keyword-only arguments with defaults, nor the checks.
+def _standardize(weight: torch.Tensor, formula: str, eps: float) -> torch.Tensor:
     dtype = weight.dtype
     if dtype in (torch.float16, torch.bfloat16):
         weight = weight.float()
@@ -66,7 +71,7 @@ def standardize_weight(
     last = not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
     if last:
         weight = weight.permute(0, 2, 3, 1)
-    filters = weight.reshape(weight.shape[0], fan_in)
+    filters = weight.flatten(1)
     if torch.jit.is_scripting():
         out = standardize_filters(filters, formula, eps)
     elif takes(filters):
@@ -95,20 +100,18 @@ def standardize_filters(filters: torch.Tensor, formula: str, eps: float) -> torc
     return F.group_norm(filters.reshape(1, c_out, fan_in), c_out, eps=eps)[0] * scale
 
 
-def _check_filters(weight: torch.Tensor, formula: str) -> int:
-    """Validate the arguments of :func:`standardize_weight`; returns the elements per filter."""
+def _check_filters(weight: torch.Tensor, formula: str) -> None:
+    """Validate the arguments of :func:`standardize_weight`."""
     if formula not in WS_FORMULAS:
         raise ValueError(
             f"unknown weight-standardization formula {formula!r}: use one of "
             + ", ".join(WS_FORMULAS)
         )
-    fan_in = math.prod(weight.shape[1:])
-    if fan_in < 2:
+    if math.prod(weight.shape[1:]) < 2:
         raise ValueError(
             f"a convolution weight of shape {tuple(weight.shape)} has one element per filter: "
             "nothing to standardize; use a plain convolution here"
         )
-    return fan_in
 
 
 class WSConv2d(Conv2d):
@@ -149,7 +152,7 @@ class WSConv2d(Conv2d):
             assert not (
                 self.training and x.numel() == 0 and isinstance(self.norm, nn.SyncBatchNorm)
             ), "SyncBatchNorm does not support empty inputs!"
-        weight = standardize_weight(self.weight, formula=self.ws_formula, eps=self.ws_eps)
+        weight = _standardize(self.weight, self.ws_formula, self.ws_eps)
         x = F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         if self.norm is not None:
             x = self.norm(x)
