@@ -21,7 +21,7 @@ def tiny_crops(tiny_shapes):
 
 @pytest.fixture
 def crops_options(tiny_crops, tmp_path):
-    """``KEY VALUE`` overrides under which the shapes classifier trains in seconds."""
+    """``KEY VALUE`` overrides under which a shapes classifier trains in seconds."""
     return [
         *("DATASETS.TRAIN", f"('{tiny_crops['train']}',)"),
         *("DATASETS.TEST", f"('{tiny_crops['val']}',)"),
@@ -29,6 +29,8 @@ def crops_options(tiny_crops, tmp_path):
         *("SOLVER.IMS_PER_BATCH", "4", "SOLVER.MAX_ITER", "2", "TEST.EVAL_PERIOD", "0"),
         *("DATALOADER.NUM_WORKERS", "0", "OUTPUT_DIR", str(tmp_path / "classifier")),
         *("MODEL.DEVICE", "cpu"),
+        *("MODEL.BACKBONE.NAME", "build_ws_cifar_resnet_backbone", "MODEL.RESNETS.DEPTH", "8"),
+        *("MODEL.RESNETS.STEM_OUT_CHANNELS", "32", "MODEL.RESNETS.RES2_OUT_CHANNELS", "32"),
     ]
 
 
