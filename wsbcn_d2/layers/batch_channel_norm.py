@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 
 from .backend import backend_for, requested_backend, supports
-from .estimated_batch_norm import EstimatedBatchNorm2d
+from .estimated_batch_norm import EstimatedBatchNorm2d, check_input
 from .fused_bcn import ConstantBatchNorm, fused_bcn
 
 __all__ = ["BatchChannelNorm2d", "channel_norm"]
@@ -118,10 +118,12 @@ class BatchChannelNorm2d(nn.GroupNorm):
 
         Returns:
             Tensor of shape (N, C, H, W).
+
+        Raises:
+            ValueError: for an input of another shape, before the estimates move.
         """
-        if x.dim() != 4:
-            raise ValueError(f"BCN expects a (N, C, H, W) input, got shape {x.shape}")
         if not torch.jit.is_scripting():
+            check_input(x, self.num_channels)
             y = self._fused(x)
             if y is not None:
                 return y

@@ -55,6 +55,15 @@ def update_estimates(
     num_batches.add_(finite)
 
 
+def check_input(x: torch.Tensor, channels: int) -> None:
+    """Refuse inputs of another shape: one channel would be broadcast, into the estimates too."""
+    # While tracing sizes are tensors, and comparing them is something that PyTorch warns of.
+    if x.dim() != 4 or (not torch.jit.is_tracing() and x.shape[1] != channels):
+        raise ValueError(
+            f"the norm expects a (N, {channels}, H, W) input, got shape {tuple(x.shape)}"
+        )
+
+
 class EstimatedBatchNorm2d(nn.BatchNorm2d):
     """``nn.BatchNorm2d`` that normalizes with its running estimates in training too.
 
@@ -93,16 +102,20 @@ class EstimatedBatchNorm2d(nn.BatchNorm2d):
 
         Returns:
             Tensor of the shape and dtype of ``x``.
+
+        Raises:
+            ValueError: for an input of another shape, before the estimates move.
         """
         if torch.jit.is_scripting():
             # The update is not for scripts; without it training would not be this layer's.
             assert not self.training, "script EstimatedBatchNorm2d in evaluation mode"
+        else:
+            check_input(x, self.num_features)
         if torch.jit.is_scripting() or not self.training:
             # The parent's forward spelled out, since a script has no super().
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
-        self._check_input_dim(x)
         # numel() is a static shape check, not a device sync: an empty batch has no moments.
         if x.numel() > 0 and self.updates():
             self._update(x)

@@ -59,6 +59,8 @@ def standardize_weight(
         ValueError: for an unknown formula, or filters of a single element.
     """
     _check_filters(weight, formula)
+    if weight.shape[0] == 0:
+        return weight
     return _standardize(weight, formula, eps)
 
 
