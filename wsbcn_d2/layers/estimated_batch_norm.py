@@ -59,9 +59,7 @@ def check_input(x: torch.Tensor, channels: int) -> None:
     """Refuse inputs of another shape: one channel would be broadcast, into the estimates too."""
     # While tracing sizes are tensors, and comparing them is something that PyTorch warns of.
     if x.dim() != 4 or (not torch.jit.is_tracing() and x.shape[1] != channels):
-        raise ValueError(
-            f"the norm expects a (N, {channels}, H, W) input, got shape {tuple(x.shape)}"
-        )
+        raise ValueError(f"expected a 4D input (N, {channels}, H, W), got shape {tuple(x.shape)}")
 
 
 class EstimatedBatchNorm2d(nn.BatchNorm2d):
