@@ -19,9 +19,9 @@ def takes(weight: torch.Tensor) -> bool:
     """
     return (
         weight.device.type == "cpu"
-        and weight.numel() > 0
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
+        and weight.numel() > 0
         and requested_backend() != "off"
         and supports(weight, weight.dtype)
     )
