@@ -118,6 +118,7 @@ def make_batch():
                 "width": width,
                 "instances": instances,
                 "sem_seg": masks[0].long(),
+                "label": 1,  # for classifiers
             }
         ]
 

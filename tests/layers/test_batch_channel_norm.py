@@ -156,6 +156,23 @@ def test_the_rate_of_the_first_batch_and_the_rate_of_one():
     assert_close(norm.bn.running_var, reference.moments(second)[1].float())
 
 
+@kinds
+@pytest.mark.parametrize("training", [True, False])
+def test_an_activation_in_place_may_follow(statistics, training):
+    """Detectron2's residual blocks apply ``relu_`` to the output, and add to it in place."""
+    norm, twin = make(statistics), make(statistics)
+    twin.load_state_dict(norm.state_dict())
+    norm.train(training), twin.train(training)
+    (x,) = (b.float().requires_grad_() for b in batches(1))
+    y = norm(x)
+    y += 0.1
+    torch.relu_(y).square().sum().backward()
+    gradients = [x.grad.clone(), *(p.grad for p in norm.parameters())]
+    x.grad = None
+    torch.relu(twin(x) + 0.1).square().sum().backward()
+    assert_close(gradients, [x.grad, *(p.grad for p in twin.parameters())], atol=1e-3, rtol=1e-3)
+
+
 # Batches that must not count.
 
 

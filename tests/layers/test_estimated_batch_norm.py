@@ -204,6 +204,18 @@ def test_a_norm_that_runs_twice_in_a_step_has_its_gradient():
     assert_close(norm.weight.grad, w64.grad.float(), atol=1e-2, rtol=1e-3)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_an_activation_in_place_may_follow(training):
+    norm, twin = make(), EstimatedBatchNorm2d(CHANNELS, momentum=0.1)
+    twin.load_state_dict(norm.state_dict())
+    norm.train(training), twin.train(training)
+    x = torch.randn(2, CHANNELS, 4, 4)
+    torch.relu_(norm(x)).square().sum().backward()
+    torch.relu(twin(x)).square().sum().backward()
+    for own, other in zip(norm.parameters(), twin.parameters(), strict=True):
+        assert_close(own.grad, other.grad)
+
+
 # Types and layouts.
 
 

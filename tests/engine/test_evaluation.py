@@ -1,0 +1,113 @@
+"""The evaluator of a dataset follows its ``evaluator_type``."""
+
+import sys
+import types
+
+import detectron2
+import pytest
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluators,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+
+from wsbcn_d2.engine import Trainer, build_evaluator, evaluation
+
+
+@pytest.fixture
+def dataset(tiny_shapes):
+    """A dataset with all the metadata that any evaluator asks for."""
+    source = MetadataCatalog.get(tiny_shapes["val"])
+    name = "test_evaluators"
+    metadata = MetadataCatalog.get(name).set(
+        json_file=source.json_file,
+        thing_classes=source.thing_classes,
+        stuff_classes=["sky", "grass"],
+        thing_dataset_id_to_contiguous_id=source.thing_dataset_id_to_contiguous_id,
+        stuff_dataset_id_to_contiguous_id={1: 0, 2: 1},
+        ignore_label=255,
+        dirname="nowhere",
+        split="test",
+        year=2007,
+    )
+
+    def of_type(evaluator_type):
+        metadata.evaluator_type = evaluator_type
+        return name
+
+    # The catalog wants every value set once; this one changes from case to case.
+    metadata.__dict__.pop("evaluator_type", None)
+    yield lambda kind: (metadata.__dict__.pop("evaluator_type", None), of_type(kind))[1]
+    MetadataCatalog.remove(name)
+
+
+@pytest.fixture(autouse=True)
+def without_ground_truth(monkeypatch):
+    monkeypatch.setattr(
+        "detectron2.evaluation.sem_seg_evaluation.DatasetCatalog",
+        types.SimpleNamespace(get=lambda name: []),
+    )
+
+
+@pytest.mark.parametrize(
+    ("evaluator_type", "kinds"),
+    [
+        ("coco", [COCOEvaluator]),
+        ("sem_seg", [SemSegEvaluator]),
+        ("coco_panoptic_seg", [SemSegEvaluator, COCOEvaluator, COCOPanopticEvaluator]),
+        ("cityscapes_instance", [CityscapesInstanceEvaluator]),
+        ("cityscapes_sem_seg", [CityscapesSemSegEvaluator]),
+        ("pascal_voc", [PascalVOCDetectionEvaluator]),
+    ],
+)
+def test_by_type(tiny_cfg, dataset, tmp_path, evaluator_type, kinds):
+    cfg = tiny_cfg("OUTPUT_DIR", str(tmp_path))
+    evaluator = Trainer.build_evaluator(cfg, dataset(evaluator_type))
+    if len(kinds) == 1:
+        assert type(evaluator) is kinds[0]
+    else:
+        assert type(evaluator) is DatasetEvaluators
+        assert [type(part) for part in evaluator._evaluators] == kinds
+
+
+def test_lvis(tiny_cfg, dataset, tmp_path, monkeypatch):
+    # Its API is a package of its own, which evaluation on LVIS needs and these tests do not.
+    calls = []
+    monkeypatch.setattr(evaluation, "LVISEvaluator", lambda *a, **k: calls.append((a, k)) or "LVIS")
+    cfg = tiny_cfg("OUTPUT_DIR", str(tmp_path))
+    assert build_evaluator(cfg, dataset("lvis")) == "LVIS"
+    assert calls == [(("test_evaluators",), {"output_dir": str(tmp_path / "inference")})]
+
+
+def test_results_go_to_the_folder_asked_for(tiny_cfg, dataset, tmp_path):
+    cfg = tiny_cfg("OUTPUT_DIR", str(tmp_path))
+    name = dataset("coco")
+    assert build_evaluator(cfg, name)._output_dir == str(tmp_path / "inference")
+    assert build_evaluator(cfg, name, str(tmp_path / "own"))._output_dir == str(tmp_path / "own")
+
+
+def test_an_unknown_type_is_refused_with_the_valid_ones(tiny_cfg, dataset):
+    with pytest.raises(ValueError, match="'test_evaluators'.*'own'.*coco, sem_seg.*lvis"):
+        build_evaluator(tiny_cfg(), dataset("own"))
+    with pytest.raises(ValueError, match="None"):
+        build_evaluator(tiny_cfg(), "test_evaluators_unheard_of")
+
+
+@pytest.mark.parametrize(
+    ("file", "compiled"),
+    [("/d2/_C.cpython-311.so", True), ("/d2/_C.py", False), (None, False)],
+)
+def test_the_fast_evaluation_is_used_where_it_is_compiled(monkeypatch, file, compiled):
+    module = types.ModuleType("detectron2._C")
+    module.__file__ = file
+    # None in sys.modules makes the import fail, as without any extension module.
+    monkeypatch.setitem(sys.modules, "detectron2._C", module if file else None)
+    monkeypatch.setattr(detectron2, "_C", module, raising=False)
+    if not file:
+        monkeypatch.delattr(detectron2, "_C")
+    assert evaluation.has_compiled_ops() is compiled
