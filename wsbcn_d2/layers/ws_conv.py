@@ -17,10 +17,11 @@ import math
 from typing import Final
 
 import torch
-from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv
+from detectron2.layers import Conv2d
 from torch import nn
 from torch.nn import functional as F
 
+from .conversion import normalized_convs
 from .fused_ws import fused_standardize, takes
 
 __all__ = ["WS_FORMULAS", "WSConv2d", "standardize_weight"]
@@ -189,19 +190,9 @@ class WSConv2d(Conv2d):
             ValueError: for an unknown formula, one element per filter, or a deformable
                 convolution that carries a norm; then nothing has been converted.
         """
-        convs = []
-        for name, child in module.named_modules():
-            if getattr(child, "norm", None) is None:
-                continue
-            if isinstance(child, (DeformConv, ModulatedDeformConv)):
-                raise ValueError(
-                    f"cannot standardize the deformable convolution {name!r}: set "
-                    "MODEL.RESNETS.DEFORM_ON_PER_STAGE to False for every stage, or use the "
-                    "stock backbone"
-                )
-            if type(child) is Conv2d:
-                _check_filters(child.weight, formula)
-                convs.append(child)
+        convs = normalized_convs(module)
+        for conv in convs:
+            _check_filters(conv.weight, formula)
         for conv in convs:
             conv.__class__ = cls
             conv.ws_formula = formula
