@@ -23,7 +23,7 @@ COMMON = {
     # An example takes a second: a failure is reported as it was found, not made smaller.
     "phases": [Phase.generate],
 }
-QUICK, DEEP = settings(max_examples=8, **COMMON), settings(max_examples=40, **COMMON)
+QUICK, DEEP = settings(max_examples=8, **COMMON), settings(max_examples=25, **COMMON)
 FEW = settings(max_examples=3, **COMMON)
 
 NORMS = ("BCN", "BatchBCN", "SyncBCN", "EstBN", "GN", "BN", "naiveSyncBN", "naiveSyncBN_N")

@@ -22,7 +22,7 @@ COMMON = {
     "database": None,
     "suppress_health_check": list(HealthCheck),
 }
-QUICK, DEEP = settings(max_examples=60, **COMMON), settings(max_examples=400, **COMMON)
+QUICK, DEEP = settings(max_examples=60, **COMMON), settings(max_examples=250, **COMMON)
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last", "strided", "transposed", "offset", "expanded", "flipped")
