@@ -46,31 +46,31 @@ def weights(state):
     return {k: v for k, v in state.items() if not k.endswith(ESTIMATES)}
 
 
-def assert_same_training(two, one, atol):
+def assert_same_training(two, one, atol=1e-10):
     assert two.keys() == one.keys()
     moved = {name: (one[name] - value).abs().max() for name, value in two.items()}
     worst = max(moved, key=moved.get)
     assert moved[worst] < atol, f"{worst}: {moved[worst]}"
 
 
-@pytest.mark.parametrize("case, atol", [("gn", 2e-6), ("fixed", 2e-6), ("sync", 1e-4)])
-def test_two_ranks_train_as_one_with_both_images(two, one, case, atol):
-    assert_same_training(weights(two[case]), weights(one[case]), atol)
+@pytest.mark.parametrize("case", ["gn", "fixed", "sync"])
+def test_two_ranks_train_as_one_with_both_images(two, one, case):
+    assert_same_training(weights(two[case]), weights(one[case]))
 
 
 def test_training_moved_the_weights_by_far_more_than_the_tolerance(one):
     start = weights(one["start"])
     for case in ("fixed", "bcn"):
         moved = [(weights(one[case])[k] - v).abs().max() for k, v in start.items()]
-        assert max(moved) > 1e-2
+        assert max(moved) > 1e-4
 
 
 def test_estimates_of_two_ranks_are_those_of_both_images(two, one):
     """Of the stem, that is: deeper layers saw what their rank's own estimates made of an image."""
     for name in ("running_mean", "running_var", "num_batches_tracked"):
-        assert_close(two["bcn"][STEM + name], one["bcn"][STEM + name], atol=1e-5, rtol=1e-5)
+        assert_close(two["bcn"][STEM + name], one["bcn"][STEM + name], atol=1e-10, rtol=1e-10)
     deep = "backbone.bottom_up.res5.1.conv2.norm.bn.running_mean"
-    assert (two["bcn"][deep] - one["bcn"][deep]).abs().max() > 1e-5
+    assert (two["bcn"][deep] - one["bcn"][deep]).abs().max() > 1e-6
 
 
 def test_unsynchronized_estimates_are_those_of_one_image(two, one):
@@ -80,4 +80,4 @@ def test_unsynchronized_estimates_are_those_of_one_image(two, one):
 
 def test_num_gpus_starts_processes_without_cuda(tmp_path, one):
     state = train(tmp_path, ("gn",), "--num-gpus", "2")
-    assert_same_training(weights(state["gn"]), weights(one["gn"]), 2e-6)
+    assert_same_training(weights(state["gn"]), weights(one["gn"]))
