@@ -65,7 +65,7 @@ def test_kills_hit_a_write_in_progress(report):
 def test_killed_and_resumed_equals_uninterrupted(report):
     assert report["exit_resumed"] == report["exit_straight"] == 0
     resumed, straight = report["resumed"], report["straight"]
-    assert resumed["iteration"] == straight["iteration"] == 29
+    assert resumed["iteration"] == straight["iteration"] == 39
     assert resumed["rates"] == straight["rates"]  # the schedule, at every iteration
     assert len(set(straight["rates"].values())) > 10  # and it does move
     assert resumed["losses"] == straight["losses"]
