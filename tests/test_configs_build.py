@@ -5,10 +5,12 @@ configs that it stands for; ResNets deeper than 50 step with 50 layers (the same
 them) and are built at full depth on the meta device.
 """
 
+import functools
+
 import pytest
 import torch
 from conftest import ROOT
-from detectron2.modeling import build_model
+from detectron2.modeling import ResNetBlockBase, build_model
 from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
 
@@ -29,14 +31,21 @@ SAME = {
 }
 
 
+@functools.cache
+def configs():
+    options = [str(part) for pair in SAME.items() for part in pair]
+    return {
+        str(path.relative_to(ROOT / "configs")): load_config(str(path), options) for path in CONFIGS
+    }
+
+
 def models(deepest):
     """The distinct models of all configs: name of the first config -> (config, all names)."""
     found = {}
-    for path in CONFIGS:
-        cfg = load_config(str(path), [str(part) for pair in SAME.items() for part in pair])
+    for name, cfg in configs().items():
+        cfg = cfg.clone()
         cfg.defrost()
         cfg.MODEL.RESNETS.DEPTH = min(cfg.MODEL.RESNETS.DEPTH, deepest)
-        name = str(path.relative_to(ROOT / "configs"))
         found.setdefault(cfg.MODEL.dump(), (cfg, []))[1].append(name)
     return {names[0]: (cfg, names) for cfg, names in found.values()}
 
@@ -65,7 +74,7 @@ def test_one_training_step(cfg, make_batch):
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in trained.items():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
-    name, parameter = next((n, p) for n, p in trained.items() if p.grad.abs().max() > 0)
+    name, parameter = next(iter(trained.items()))
     before = parameter.detach().clone()
     optimizer.step()
     assert not torch.equal(before, parameter), name
@@ -77,4 +86,6 @@ def test_deep_models_build_at_full_depth(cfg):
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
         model = build_model(cfg)
-    assert len(model.backbone.bottom_up.res4) == {101: 23, 152: 36}[cfg.MODEL.RESNETS.DEPTH]
+    blocks = sum(isinstance(module, ResNetBlockBase) for module in model.modules())
+    # The stem, and blocks of three convolutions each, or of two in the CIFAR ones.
+    assert blocks == {101: 34, 110: 55, 152: 51}[cfg.MODEL.RESNETS.DEPTH]

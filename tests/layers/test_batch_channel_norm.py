@@ -19,6 +19,12 @@ SHAPE = (2, CHANNELS, 6, 7)
 kinds = pytest.mark.parametrize("statistics", KINDS)
 
 
+@pytest.fixture(autouse=True, params=["native", "off"])
+def backend(request, monkeypatch):
+    """The fused form and the readable one."""
+    monkeypatch.setenv("WSBCN_FUSED", request.param)
+
+
 @pytest.fixture(autouse=True)
 def cpu_only(monkeypatch):
     # "sync" picks its batch norm by whether there is a GPU; these tests run on the CPU.

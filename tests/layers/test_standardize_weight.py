@@ -15,6 +15,12 @@ SHAPES = [(8, 4, 3, 3), (5, 3, 1, 1), (6, 1, 3, 3), (4, 2, 1, 1), (1, 7, 1, 5)]
 formulas = pytest.mark.parametrize("formula", WS_FORMULAS)
 
 
+@pytest.fixture(autouse=True, params=["native", "off"])
+def backend(request, monkeypatch):
+    """The fused form and the readable one."""
+    monkeypatch.setenv("WSBCN_FUSED", request.param)
+
+
 def test_the_formulas_are_the_three_of_the_design():
     assert set(WS_FORMULAS) == {"biased", "unbiased", "unbiased_std"}
 

@@ -22,6 +22,12 @@ VARIANTS = [
 ]
 
 
+@pytest.fixture(autouse=True, params=["native", "off"])
+def backend(request, monkeypatch):
+    """The fused form and the readable one."""
+    monkeypatch.setenv("WSBCN_FUSED", request.param)
+
+
 def pair(formula="unbiased", eps=1e-5, **kwargs):
     """A stock convolution and one with WS on the same weights."""
     stock = Conv2d(**kwargs)
