@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import (
+    DatasetCatalog,
     DatasetFromList,
     MapDataset,
     MetadataCatalog,
@@ -154,13 +155,27 @@ def register_classification(root: str | os.PathLike | None = None) -> None:
 
     Args:
         root: folder that holds the data sets (``imagenet/train/<class>/<image>``,
-            ``cifar-10-batches-bin/``, ...); ``$DETECTRON2_DATASETS``, or ``./datasets``, by
-            default.
+            ``cifar-10-batches-bin/``, ...) and replaces what is registered under these names.
+            By default ``$DETECTRON2_DATASETS`` or ``./datasets``, and names that are taken are
+            left alone.
     """
+    replace = root is not None
     root = default_root() if root is None else Path(root)
     for split in ("train", "val"):
-        register_image_folder(f"imagenet_{split}", root / "imagenet" / split)
-        register_shapes_crops(f"shapes_cls_{split}", f"shapes_{split}")
+        if _is_free(f"imagenet_{split}", replace):
+            register_image_folder(f"imagenet_{split}", root / "imagenet" / split)
+        if _is_free(f"shapes_cls_{split}", replace):
+            register_shapes_crops(f"shapes_cls_{split}", f"shapes_{split}")
     for dataset in ("cifar10", "cifar100"):
         for split in ("train", "test"):
-            register_cifar(f"{dataset}_{split}", root, dataset, split)
+            if _is_free(f"{dataset}_{split}", replace):
+                register_cifar(f"{dataset}_{split}", root, dataset, split)
+
+
+def _is_free(name: str, replace: bool) -> bool:
+    if name not in DatasetCatalog.list():
+        return True
+    if replace:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    return replace
