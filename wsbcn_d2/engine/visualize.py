@@ -12,6 +12,8 @@ from detectron2.engine import DefaultPredictor
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
+from ..checkpoint import LoadExpectation, WSBCNCheckpointer
+
 __all__ = ["draw_predictions", "plot_curves", "read_metrics"]
 
 
@@ -33,7 +35,7 @@ def draw_predictions(
     name = cfg.DATASETS.TEST[0]
     metadata = MetadataCatalog.get(name)
     records = DatasetCatalog.get(name)
-    predictor = DefaultPredictor(cfg)
+    predictor = _predictor(cfg)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     picks = np.linspace(0, len(records) - 1, min(num_images, len(records))).astype(int)
@@ -51,6 +53,17 @@ def draw_predictions(
         Image.fromarray(both).save(path)
         paths.append(str(path))
     return paths
+
+
+def _predictor(cfg: CfgNode) -> DefaultPredictor:
+    # Its own loading would unpickle a foreign file, and take weights that do not fit.
+    unloaded = cfg.clone()
+    unloaded.defrost()
+    unloaded.MODEL.WEIGHTS = ""
+    predictor = DefaultPredictor(unloaded)
+    expected = LoadExpectation.from_cfg(cfg)
+    WSBCNCheckpointer(predictor.model, expected=expected).load(cfg.MODEL.WEIGHTS)
+    return predictor
 
 
 def read_metrics(path: str) -> dict[str, list[tuple[int, float]]]:
