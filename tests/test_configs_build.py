@@ -46,6 +46,10 @@ def models(deepest):
         cfg = cfg.clone()
         cfg.defrost()
         cfg.MODEL.RESNETS.DEPTH = min(cfg.MODEL.RESNETS.DEPTH, deepest)
+        if "Base-" in name and cfg.MODEL.RESNETS.NORM == "FrozenBN":
+            # Detectron2's default: a base that leaves the norm to its variants. Without weights,
+            # activations overflow in a deep network.
+            cfg.MODEL.RESNETS.NORM = "BN"
         found.setdefault(cfg.MODEL.dump(), (cfg, []))[1].append(name)
     return {names[0]: (cfg, names) for cfg, names in found.values()}
 

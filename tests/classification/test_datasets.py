@@ -158,8 +158,15 @@ def test_registered_names(tmp_path):
     names += [f"{d}_{s}" for d in ("cifar10", "cifar100") for s in ("train", "test")]
     assert set(names) <= set(DatasetCatalog.list())
     assert {MetadataCatalog.get(n).evaluator_type for n in names} == {"classification"}
-    with pytest.raises(AssertionError, match="already registered"):  # names are not taken over
+    place = MetadataCatalog.get("imagenet_train").image_root
+    register_classification()  # as at a second import: names that are taken are left alone
+    assert MetadataCatalog.get("imagenet_train").image_root == place
+    try:
         register_classification(tmp_path)
+        moved = MetadataCatalog.get("imagenet_train").image_root
+        assert moved == str(tmp_path / "imagenet" / "train")
+    finally:
+        register_classification(data.default_root())
 
 
 def test_registration_points_to_the_data(tmp_path, folder):

@@ -121,7 +121,12 @@ def test_a_stopped_study_stops_its_runs_and_continues(tmp_path, command_of, numb
         """)
     )
     run = make_run("a")
-    study = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
+    study = subprocess.Popen(
+        [sys.executable, str(script)],
+        stderr=subprocess.DEVNULL,
+        # A shell that runs the tests in the background has them, and so the study, ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     metrics = tmp_path / "runs" / run.name / "metrics.json"
     try:
         deadline = time.monotonic() + 120
