@@ -1,5 +1,6 @@
 """Wrong input: one line that names the culprit and the mend, exit code 2, nothing written."""
 
+import os
 import subprocess
 import sys
 
@@ -264,6 +265,7 @@ def test_as_a_command(tmp_path):
     result = subprocess.run(
         [sys.executable, "-W", "ignore", ROOT / "tools" / "train_net.py", *command],
         cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=120,
