@@ -162,6 +162,24 @@ def test_the_rate_of_the_first_batch_and_the_rate_of_one():
     assert_close(norm.bn.running_var, reference.moments(second)[1].float())
 
 
+def test_a_norm_that_runs_twice_in_a_step_has_its_gradient():
+    """As in a head that all FPN levels share: the second run moves the first one's estimates."""
+    norm = make(rate=0.5)
+    leaves = parameters_in_double(norm)
+    mean, var = torch.zeros(CHANNELS).double(), torch.ones(CHANNELS).double()
+    expected, actual = 0.0, 0.0
+    for step, x in enumerate(batches(2)):
+        mean, var = reference.update(mean, var, x, 0.5, first=step == 0)
+        expected = expected + bcn(x, mean, var, leaves, GROUPS, 1e-5).pow(3).sum()
+        actual = actual + norm(x.float()).pow(3).sum()
+    expected.backward()
+    actual.backward()
+    own = (norm.weight, norm.bias, norm.bn.weight, norm.bn.bias)
+    for parameter, leaf in zip(own, leaves, strict=True):
+        scale = leaf.grad.abs().max().item()
+        assert_close(parameter.grad.double(), leaf.grad, atol=1e-4 * scale, rtol=0)
+
+
 @kinds
 @pytest.mark.parametrize("training", [True, False])
 def test_an_activation_in_place_may_follow(statistics, training):

@@ -89,12 +89,14 @@ def test_registering_twice_wraps_once():
 
 
 def test_a_module_imported_afterwards_knows_the_names(tmp_path, monkeypatch):
-    (tmp_path / "late_component.py").write_text("from detectron2.layers import get_norm\n")
+    (tmp_path / "late_component.py").write_text(
+        "from detectron2.layers import get_norm\nmake_norm = get_norm\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     late = importlib.import_module("late_component")
     assert isinstance(late.get_norm("BCN", 64), BatchChannelNorm2d)
     unregister_norms()  # third-party modules are given back too
-    assert late.get_norm is detectron2.layers.batch_norm.get_norm
+    assert late.get_norm is late.make_norm is detectron2.layers.batch_norm.get_norm
     assert late.get_norm.__module__ == "detectron2.layers.batch_norm"
     monkeypatch.delitem(sys.modules, "late_component")
 
