@@ -63,7 +63,7 @@ def test_the_detector_of_syncs_detects():
     assert syncs.found == ["_local_scalar_dense"]
 
 
-@pytest.mark.parametrize("fused", ["native", "off"])
+@pytest.mark.parametrize("fused", ["cpp", "native", "off"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("formula", ["unbiased", "unbiased_std"])
 def test_no_host_sync(monkeypatch, fused, layout, formula):

@@ -18,7 +18,7 @@ SHAPES = [((1, 6, 5, 7), 3), ((3, 8, 4, 3), 2), ((5, 6, 1, 1), 2), ((2, 4, 3, 3)
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
-@pytest.fixture(params=["native"])
+@pytest.fixture(params=["cpp", "native"])
 def backend(request, monkeypatch):
     """A fused form; what torch.compile captures is run as it is, to save the compiler."""
     monkeypatch.setenv("WSBCN_FUSED", request.param)
@@ -106,7 +106,7 @@ def test_values_gradients_and_estimates_over_steps(backend, shape, groups, dtype
 
 @pytest.mark.parametrize(
     "backend,kind",
-    [("native", k) for k in ("estimated", "batch", "frozen", "no rate", "frozen affine")]
+    [(b, k) for b in ("cpp", "native") for k in ("estimated", "batch", "frozen", "no rate", "frozen affine")]
     + [("compile", "frozen")],
     indirect=["backend"],
 )

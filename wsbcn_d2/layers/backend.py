@@ -7,12 +7,15 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
+from .kernels import load_kernels
+
 __all__ = ["BACKENDS", "backend_for", "requested_backend", "supports"]
 
-#: Values of ``WSBCN_FUSED`` in the environment. ``native``: PyTorch's own norm kernels, nothing
-#: compiled. ``compile``: BCN by kernels that ``torch.compile`` makes at first use. ``off``: the
-#: readable forms. ``auto``: ``compile`` on CUDA where Triton is installed, else ``native``.
-BACKENDS = ("auto", "native", "compile", "off")
+#: Values of ``WSBCN_FUSED`` in the environment. ``cpp``: C++ kernels on a CPU, built at first use.
+#: ``native``: PyTorch's own norm kernels, nothing compiled. ``compile``: BCN by kernels that
+#: ``torch.compile`` makes at first use. ``off``: the readable forms. ``auto``: ``compile`` on CUDA
+#: where Triton is installed, ``cpp`` on a CPU where there is a compiler, else ``native``.
+BACKENDS = ("auto", "cpp", "native", "compile", "off")
 
 
 def requested_backend() -> str:
@@ -34,12 +37,18 @@ def _has_triton() -> bool:
     return has_triton()
 
 
-def backend_for(device: torch.device) -> str:
-    """The backend that an input on ``device`` takes: "native", "compile" or "off"."""
+def backend_for(device: torch.device, dtype: torch.dtype) -> str:
+    """What serves an input on ``device`` with parameters of type ``dtype`` (float32 or float64).
+
+    Returns:
+        "cpp", "native", "compile" or "off".
+    """
     backend = requested_backend()
-    if backend != "auto":
-        return backend
-    return "compile" if device.type == "cuda" and _has_triton() else "native"
+    if backend == "auto" and device.type == "cuda" and _has_triton():
+        return "compile"
+    if backend in ("auto", "cpp"):
+        return "cpp" if device.type == "cpu" and load_kernels(dtype) else "native"
+    return backend
 
 
 def supports(x: torch.Tensor, dtype: torch.dtype) -> bool:

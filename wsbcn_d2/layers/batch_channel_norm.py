@@ -135,8 +135,10 @@ class BatchChannelNorm2d(nn.GroupNorm):
         # by itself, and a traced or exported graph should hold plain operations.
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.numel() == 0:
             return None
-        backend = backend_for(x.device)
-        if backend == "off" or not supports(x, self.weight.dtype):
+        if not supports(x, self.weight.dtype):
+            return None
+        backend = backend_for(x.device, self.weight.dtype)
+        if backend == "off":
             return None
         bn = _constant(self.bn)
         if bn is None or bn.mean.dtype != self.weight.dtype:

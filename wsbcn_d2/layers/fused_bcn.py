@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from . import kernels
 from .estimated_batch_norm import update_estimates
 from .rows import affine_, combine, normalize, row_sums
 
@@ -63,7 +64,7 @@ def fused_bcn(
         weight, bias: shape (G,): the affine of the groups.
         bn: the batch half.
         eps: stabilizer of the channel half.
-        backend: "native" or "compile".
+        backend: "cpp" (for contiguous tensors; others go natively), "native" or "compile".
 
     Returns:
         Tensor of the shape of ``x``; of its type, or float32 where autocast has group norms
@@ -153,6 +154,8 @@ class _Compiled:
 
 def _run(index: int, backend: str, *args):
     """One of the two passes by the backend asked for, or natively where that fails."""
+    if backend == "cpp":
+        return (kernels.bcn_forward, kernels.bcn_backward)[index](*args)
     if backend == "compile" and not _Compiled.broken:
         try:
             return _Compiled.passes()[index](*args, False)
@@ -184,6 +187,10 @@ class _FusedBCN(torch.autograd.Function):
         if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
             x = x.contiguous()
         wide = x.to(weight.dtype)
+        if backend == "cpp" and not kernels.takes(
+            wide, (bn_weight, bn_bias, bn.mean, bn.var), (weight, bias), weight.shape[0]
+        ):
+            backend = "native"
         y, *rows = _run(
             0, backend, wide, weight, bias, bn_weight, bn_bias,
             bn.mean, bn.var, bn.count, bn.eps, bn.rate, eps,

@@ -55,9 +55,7 @@ class WSRetinaNetHead(RetinaNetHead):
         for subnet in (self.cls_subnet, self.bbox_subnet):
             for i, conv in enumerate(subnet):
                 if norm and isinstance(conv, nn.Conv2d):
-                    subnet[i] = _reparametrized(
-                        conv, kind=ws_kind, formula=ws_formula, eps=ws_eps
-                    )
+                    subnet[i] = _reparametrized(conv, kind=ws_kind, formula=ws_formula, eps=ws_eps)
         if bcn_update_rate is not None:
             set_update_rate(self, bcn_update_rate)
         if any(isinstance(module, EstimatedBatchNorm2d) for module in self.modules()):
