@@ -233,3 +233,9 @@ def test_env_check_reads_setup_and_judges_versions(tmp_path):
     assert env_check.problem("numpy>=1.0") is None
     assert "is needed" in env_check.problem("numpy>=999")
     assert "is missing" in env_check.problem("no-such-distribution-here>=1")
+
+
+def test_the_package_contains_its_kernels(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert (tmp_path / "wsbcn_d2/layers/kernels.cpp").is_file()

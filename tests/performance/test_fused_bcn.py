@@ -106,7 +106,11 @@ def test_values_gradients_and_estimates_over_steps(backend, shape, groups, dtype
 
 @pytest.mark.parametrize(
     "backend,kind",
-    [(b, k) for b in ("cpp", "native") for k in ("estimated", "batch", "frozen", "no rate", "frozen affine")]
+    [
+        (backend, kind)
+        for backend in ("cpp", "native")
+        for kind in ("estimated", "batch", "frozen", "no rate", "frozen affine")
+    ]
     + [("compile", "frozen")],
     indirect=["backend"],
 )

@@ -29,14 +29,15 @@ def takes(weight: torch.Tensor) -> bool:
 
 
 def fused_standardize(filters: torch.Tensor, formula: str, eps: float) -> torch.Tensor:
-    """Standardize every row of ``filters``, shape (C_out, n), float32 or float64."""
+    """Standardize every filter, each ``filters[i]`` of any shape; float32 or float64."""
     return _FusedWS.apply(filters, formula, eps)
 
 
 def _forward(filters, formula, eps):
     """The pass in PyTorch's own norms; also mean, biased variance and scale u, shape (3, C_out)."""
-    c_out, n = filters.shape
-    out, mean, var, factor = normalize(filters.view(1, c_out, n, 1), True)
+    rows = filters.view(1, len(filters), -1, 1)
+    n = rows.shape[2]
+    out, mean, var, factor = normalize(rows, True)
     if formula == "biased":
         u = (var + eps).rsqrt_()
     elif formula == "unbiased":
@@ -44,15 +45,14 @@ def _forward(filters, formula, eps):
     else:
         u = (var * (n / (n - 1))).sqrt_().add_(eps).reciprocal_()
     out.mul_((u / factor)[:, :, None, None])
-    return out.view(c_out, n), torch.cat([mean, var, u])
+    return out.view_as(filters), torch.cat([mean, var, u])
 
 
 def _backward(dy, filters, stats, formula):
-    c_out, n = filters.shape
-    rows = (1, c_out, n, 1)
-    dy, filters = dy.view(rows), filters.view(rows)
+    rows = filters.view(1, len(filters), -1, 1)
+    n, dy = rows.shape[2], dy.view_as(rows)
     mean, var, u = stats.split(1)
-    total, product = row_sums(dy, filters, mean, True)
+    total, product = row_sums(dy, rows, mean, True)
     if formula == "biased":
         slope = u.square() * product / n
     elif formula == "unbiased":
@@ -65,7 +65,7 @@ def _backward(dy, filters, stats, formula):
         slope = u * product / ((n - 1) * deviation)
         slope = torch.where(deviation > rounding, slope, 0.0)
     shift = torch.addcmul(total / -n, slope, mean).mul_(u)
-    return combine(dy, filters, slope, u, shift, True).view(c_out, n)
+    return combine(dy, rows, slope, u, shift, True).view_as(filters)
 
 
 class _FusedWS(torch.autograd.Function):
@@ -86,7 +86,7 @@ class _FusedWS(torch.autograd.Function):
             from .ws_conv import standardize_filters
 
             # create_graph=True: the gradient as a graph is that of the readable form.
-            y = standardize_filters(filters, ctx.formula, ctx.eps)
+            y = standardize_filters(filters.flatten(1), ctx.formula, ctx.eps).view_as(filters)
             return torch.autograd.grad(y, filters, dy, create_graph=True)[0], None, None
         run = kernels.ws_backward if ctx.cpp else _backward
         return run(dy.contiguous(), filters, stats, ctx.formula), None, None

@@ -173,10 +173,10 @@ def bcn_backward(dy, x, weight, bn_weight, bn_bias, m, v, mean, inverse, mu, r, 
 
 def ws_forward(filters: torch.Tensor, formula: str, eps: float):
     """The forward pass of :mod:`.fused_ws`: standardized filters; their mean, variance, scale."""
-    rows, size = filters.shape
+    rows = filters.shape[0]
     out, stats = torch.empty_like(filters), filters.new_empty(3, rows)
     load_kernels(filters.dtype).ws_forward(
-        rows, size, *map(_address, (filters, out, stats)),
+        rows, filters.numel() // rows, *map(_address, (filters, out, stats)),
         _FORMULAS.index(formula), eps, _threads(filters),
     )  # fmt: skip
     return out, stats
@@ -184,9 +184,9 @@ def ws_forward(filters: torch.Tensor, formula: str, eps: float):
 
 def ws_backward(dy, filters, stats, formula: str):
     """The backward pass of :mod:`.fused_ws`: the gradient of the filters."""
-    dw = torch.empty_like(filters)
+    dw, rows = torch.empty_like(filters), filters.shape[0]
     load_kernels(filters.dtype).ws_backward(
-        *filters.shape, *map(_address, (filters, dy, dw, stats)),
+        rows, filters.numel() // rows, *map(_address, (filters, dy, dw, stats)),
         _FORMULAS.index(formula), 4 * torch.finfo(filters.dtype).eps, _threads(filters),
     )  # fmt: skip
     return dw

@@ -74,14 +74,12 @@ def _standardize(weight: torch.Tensor, formula: str, eps: float) -> torch.Tensor
     last = not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
     if last:
         weight = weight.permute(0, 2, 3, 1)
-    filters = weight.flatten(1)
     if torch.jit.is_scripting():
-        out = standardize_filters(filters, formula, eps)
-    elif takes(filters):
-        out = fused_standardize(filters, formula, eps)
+        out = standardize_filters(weight.flatten(1), formula, eps).reshape(weight.shape)
+    elif takes(weight):
+        out = fused_standardize(weight, formula, eps)
     else:
-        out = standardize_filters(filters, formula, eps)
-    out = out.reshape(weight.shape)
+        out = standardize_filters(weight.flatten(1), formula, eps).reshape(weight.shape)
     if last:
         out = out.permute(0, 3, 1, 2)
     return out.to(dtype)

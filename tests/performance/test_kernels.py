@@ -1,0 +1,156 @@
+"""The C++ kernels: how they are built, and that nothing depends on their being there."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from wsbcn_d2 import BatchChannelNorm2d, standardize_weight
+from wsbcn_d2.layers import kernels
+from wsbcn_d2.layers.backend import backend_for
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """An empty cache folder, and nothing loaded."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("WSBCN_FUSED", raising=False)
+    kernels.load_kernels.cache_clear()
+    yield tmp_path / "wsbcn_d2"
+    kernels.load_kernels.cache_clear()
+
+
+def test_they_are_what_a_cpu_runs_by_default(monkeypatch):
+    monkeypatch.delenv("WSBCN_FUSED", raising=False)
+    assert backend_for(CPU, torch.float32) == backend_for(CPU, torch.float64) == "cpp"
+    monkeypatch.setenv("WSBCN_FUSED", "native")
+    assert backend_for(CPU, torch.float32) == "native"
+    monkeypatch.setenv("WSBCN_FUSED", "cpp")
+    assert backend_for(torch.device("cuda"), torch.float32) == "native"
+
+
+def test_a_build_is_kept_and_used_again(fresh, monkeypatch):
+    assert kernels.load_kernels(torch.float32)
+    (made,) = fresh.iterdir()  # nothing else is left
+    assert made.name.startswith("kernels-float-")
+    written = made.stat().st_mtime_ns
+    kernels.load_kernels.cache_clear()
+    assert kernels.load_kernels(torch.float32)
+    assert made.stat().st_mtime_ns == written
+    kernels.load_kernels.cache_clear()
+    monkeypatch.setattr(kernels, "_processor", lambda: "another processor of the same cluster")
+    assert kernels.load_kernels(torch.float32)
+    assert len(list(fresh.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "case", ["no compiler", "failing compiler", "folder of others", "no folder"]
+)
+def test_without_them_the_results_are_the_same(fresh, monkeypatch, caplog, case):
+    if case == "no compiler":
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    elif case == "failing compiler":
+        script = fresh.parent / "compiler"
+        script.write_text(
+            '#!/bin/sh\n[ "$1" = --version ] || { echo "x: error: 42" >&2; exit 1; }\n'
+        )
+        script.chmod(0o755)
+        monkeypatch.setenv("CXX", str(script))
+    elif case == "folder of others":
+        fresh.mkdir()
+        fresh.chmod(0o777)
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    reasons = {
+        "no compiler": "no C++ compiler",
+        "failing compiler": "x: error: 42",
+        "folder of others": "can be written by others",
+        "no folder": "/proc/nowhere",
+    }
+    norm, x = BatchChannelNorm2d(8, 4), torch.randn(2, 8, 5, 5, requires_grad=True)
+    weight = torch.randn(4, 3, 3, 3)
+    with caplog.at_level(logging.INFO, logger="wsbcn_d2.layers.kernels"):
+        found = norm(x), standardize_weight(weight)
+        norm(x)
+    assert backend_for(CPU, torch.float32) == "native"
+    (message,) = [r.getMessage() for r in caplog.records if "no C++ kernels" in r.getMessage()]
+    assert reasons[case] in message
+    kernels.load_kernels.cache_clear()
+    monkeypatch.undo()
+    again = BatchChannelNorm2d(8, 4)
+    assert backend_for(CPU, torch.float32) == "cpp"
+    assert_close(found, (again(x), standardize_weight(weight)))
+
+
+def test_processes_that_build_at_the_same_time_all_load(tmp_path):
+    code = (
+        "import torch; from wsbcn_d2.layers.kernels import load_kernels;"
+        "assert load_kernels(torch.float32)"
+    )
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    processes = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(3)]
+    assert [process.wait(120) for process in processes] == [0, 0, 0]
+    assert len(list((tmp_path / "wsbcn_d2").iterdir())) == 1
+
+
+@pytest.mark.parametrize("break_", ["type", "size", "stride"])
+def test_tensors_that_a_kernel_would_misread_are_not_given_to_it(monkeypatch, break_):
+    """PyTorch's own operations stride or refuse; a kernel would read what is not there."""
+    monkeypatch.setenv("WSBCN_FUSED", "cpp")
+    norm, x = BatchChannelNorm2d(8, 4).eval(), torch.randn(2, 8, 5, 5)
+    called = []
+    monkeypatch.setattr(kernels, "bcn_forward", lambda *args: called.append(args))
+    if break_ == "type":
+        norm.bn.bias = nn.Parameter(norm.bn.bias.detach().double())
+    elif break_ == "size":
+        norm.bn.bias = nn.Parameter(torch.zeros(4))
+    else:
+        norm.bn.bias = nn.Parameter(torch.zeros(8, 2)[:, 0])
+    try:
+        norm(x)
+    except RuntimeError:
+        assert break_ != "stride"
+    assert not called
+
+
+def test_bits_do_not_depend_on_the_number_of_threads(monkeypatch):
+    monkeypatch.setenv("WSBCN_FUSED", "cpp")
+    x, weight = torch.randn(2, 8, 60, 60), torch.randn(64, 64, 3, 3)
+    assert x.numel() > kernels._GRAIN and weight.numel() > kernels._GRAIN
+
+    def run(threads):
+        torch.set_num_threads(threads)
+        norm = BatchChannelNorm2d(8, 4)
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        outputs = norm(leaves[0]), standardize_weight(leaves[1])
+        sum(y.pow(3).sum() for y in outputs).backward()
+        parameters = [p.grad for p in norm.parameters()]
+        return [*outputs, *(leaf.grad for leaf in leaves), *parameters, *norm.buffers()]
+
+    before = torch.get_num_threads()
+    try:
+        one, several = run(1), run(3)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
+
+
+def test_moving_the_estimates_is_seen_by_autograd(monkeypatch):
+    monkeypatch.setenv("WSBCN_FUSED", "cpp")
+    norm, x = BatchChannelNorm2d(4, 2), torch.randn(1, 4, 3, 3)
+    factor = torch.ones(4, requires_grad=True)
+    y = factor * norm.bn.running_mean  # keeps the mean for backward
+    norm(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    with torch.inference_mode():
+        norm.bn.running_mean = norm.bn.running_mean.clone()
+        assert norm(x).isfinite().all()
