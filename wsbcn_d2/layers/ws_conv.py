@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from .conversion import normalized_convs
 from .fused_ws import fused_standardize, takes
+from .recomputed_conv import recomputed_conv2d, recomputes
 
 __all__ = ["WS_FORMULAS", "WSConv2d", "standardize_weight"]
 
@@ -119,7 +120,7 @@ class WSConv2d(Conv2d):
     """Detectron2's ``Conv2d`` (with ``norm`` and ``activation``) on standardized weights.
 
     Parameters and state-dict keys are those of the parent: the raw weight is stored, and
-    standardized at each use.
+    standardized at each use, in backward too (:mod:`.recomputed_conv`).
     """
 
     ws_formula: Final[str]
@@ -153,13 +154,23 @@ class WSConv2d(Conv2d):
             assert not (
                 self.training and x.numel() == 0 and isinstance(self.norm, nn.SyncBatchNorm)
             ), "SyncBatchNorm does not support empty inputs!"
-        weight = _standardize(self.weight, self.ws_formula, self.ws_eps)
-        x = F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        if torch.jit.is_scripting() or not recomputes(self, x):
+            weight = _standardize(self.weight, self.ws_formula, self.ws_eps)
+            x = F.conv2d(
+                x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+            )
+        else:
+            x = self._recomputed(x)
         if self.norm is not None:
             x = self.norm(x)
         if self.activation is not None:
             x = self.activation(x)
         return x
+
+    @torch.jit.unused
+    def _recomputed(self, x: torch.Tensor) -> torch.Tensor:
+        formula, eps = self.ws_formula, self.ws_eps
+        return recomputed_conv2d(self, x, lambda weight: _standardize(weight, formula, eps))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ws_formula={self.ws_formula}, ws_eps={self.ws_eps:g}"
