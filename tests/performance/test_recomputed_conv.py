@@ -1,0 +1,104 @@
+"""WS convolutions keep no standardized weight, and nobody can tell from their results."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as F
+
+from wsbcn_d2 import WSConv2d, standardize_weight
+from wsbcn_d2.layers.recomputed_conv import recomputed_conv2d
+
+OPTIONS = [
+    {"padding": 1},
+    {"stride": 2, "groups": 2},
+    {"dilation": 2, "bias": False},
+    {"padding": "same"},  # served by the plain form
+]
+
+
+def plain(conv, x):
+    weight = standardize_weight(conv.weight, formula=conv.ws_formula, eps=conv.ws_eps)
+    return F.conv2d(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def kept(run):
+    """Addresses and bytes of what autograd keeps."""
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = run()
+    return storages, y
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("needs_x", [True, False])
+def test_bits_are_those_of_the_plain_form(options, layout, needs_x):
+    conv = WSConv2d(4, 6, 3, **options).to(memory_format=layout)
+    x = torch.randn(2, 4, 9, 11).to(memory_format=layout).requires_grad_(needs_x)
+    results = []
+    for run in (conv, lambda x: plain(conv, x)):
+        y = run(x)
+        (y * y.detach().cos()).sum().backward()
+        results.append([y, conv.weight.grad, *([x.grad] if needs_x else [])])
+        results[-1] += [conv.bias.grad] if conv.bias is not None else []
+        conv.zero_grad()
+        x.grad = None
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert results[0][1].stride() == conv.weight.stride()
+
+
+def test_no_copy_of_the_weight_is_kept():
+    conv = WSConv2d(32, 32, 3, bias=False)
+    x = torch.randn(1, 32, 5, 5, requires_grad=True)
+    own = {conv.weight.data_ptr(), x.data_ptr()}
+    storages, y = kept(lambda: conv(x))
+    assert set(storages) == own
+    with_copy, _ = kept(lambda: plain(conv, x))
+    assert sum(n for at, n in with_copy.items() if at not in own) >= conv.weight.nbytes
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_first_and_second_derivatives(bias):
+    inputs = [torch.randn(2, 2, 4, 4), torch.randn(3, 2, 2, 2), torch.randn(3)][: 2 + bias]
+    inputs = [tensor.double().requires_grad_() for tensor in inputs]
+
+    def run(x, weight, bias=None):
+        conv = SimpleNamespace(
+            weight=weight, bias=bias, stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1
+        )
+        return recomputed_conv2d(conv, x, standardize_weight)
+
+    assert gradcheck(run, inputs)
+    assert gradgradcheck(run, inputs)
+
+
+def test_a_weight_changed_before_backward_is_an_error():
+    conv = WSConv2d(2, 4, 3)
+    y = conv(torch.randn(1, 2, 5, 5))
+    with torch.no_grad():
+        conv.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_evaluation_and_frozen_weights_take_the_plain_form(frozen):
+    conv = WSConv2d(2, 4, 3, norm=nn.GroupNorm(2, 4))
+    conv.weight.requires_grad_(not frozen)
+    x = torch.randn(1, 2, 5, 5, requires_grad=frozen)
+    with torch.set_grad_enabled(frozen):
+        y = conv(x)
+    expected = conv.norm(plain(conv, x))
+    torch.testing.assert_close(y, expected)
+    if frozen:
+        y.sum().backward()
+        assert conv.weight.grad is None and x.grad.abs().sum() > 0
