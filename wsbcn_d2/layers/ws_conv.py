@@ -13,7 +13,9 @@ Deviations:
   * Convolutions are converted in place, and only those that carry a norm.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Final
 
 import torch
@@ -25,7 +27,7 @@ from .conversion import normalized_convs
 from .fused_ws import fused_standardize, takes
 from .recomputed_conv import recomputed_conv2d, recomputes
 
-__all__ = ["WS_FORMULAS", "WSConv2d", "standardize_weight"]
+__all__ = ["WS_FORMULAS", "WSConv2d", "standardize_once", "standardize_weight"]
 
 #: Valid values of ``formula``: where epsilon stands and which variance is meant.
 WS_FORMULAS = ("biased", "unbiased", "unbiased_std")
@@ -154,13 +156,13 @@ class WSConv2d(Conv2d):
             assert not (
                 self.training and x.numel() == 0 and isinstance(self.norm, nn.SyncBatchNorm)
             ), "SyncBatchNorm does not support empty inputs!"
-        if torch.jit.is_scripting() or not recomputes(self, x):
+        if torch.jit.is_scripting():
             weight = _standardize(self.weight, self.ws_formula, self.ws_eps)
             x = F.conv2d(
                 x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups
             )
         else:
-            x = self._recomputed(x)
+            x = self._convolve(x)
         if self.norm is not None:
             x = self.norm(x)
         if self.activation is not None:
@@ -168,9 +170,18 @@ class WSConv2d(Conv2d):
         return x
 
     @torch.jit.unused
-    def _recomputed(self, x: torch.Tensor) -> torch.Tensor:
+    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
         formula, eps = self.ws_formula, self.ws_eps
-        return recomputed_conv2d(self, x, lambda weight: _standardize(weight, formula, eps))
+        shared = self.__dict__.get("_shared")  # set by standardize_once
+        if shared is None and recomputes(self, x):
+            return recomputed_conv2d(self, x, lambda weight: _standardize(weight, formula, eps))
+        if shared:
+            weight = shared[0]
+        else:
+            weight = _standardize(self.weight, formula, eps)
+            if shared is not None:
+                shared.append(weight)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ws_formula={self.ws_formula}, ws_eps={self.ws_eps:g}"
@@ -207,3 +218,20 @@ class WSConv2d(Conv2d):
             conv.ws_formula = formula
             conv.ws_eps = eps
         return module
+
+
+@contextlib.contextmanager
+def standardize_once(module: nn.Module) -> Iterator[None]:
+    """Within, each :class:`WSConv2d` of a module standardizes its weight at the first use alone.
+
+    For one forward of a head whose convolutions run on every feature level. Weights must not
+    change within; the next forward standardizes anew.
+    """
+    convs = [child for child in module.modules() if isinstance(child, WSConv2d)]
+    for conv in convs:
+        conv.__dict__["_shared"] = []
+    try:
+        yield
+    finally:
+        for conv in convs:
+            del conv.__dict__["_shared"]

@@ -7,6 +7,7 @@ norm refuses. Parameters and state-dict keys are those of the stock head.
 
 import logging
 
+import torch
 from detectron2.config import configurable
 from detectron2.layers import Conv2d, get_norm
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -14,7 +15,7 @@ from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import nn
 
-from ..layers import EstimatedBatchNorm2d, convert_convs, set_update_rate
+from ..layers import EstimatedBatchNorm2d, convert_convs, set_update_rate, standardize_once
 from .build import ws_options
 
 __all__ = ["WSRetinaNet", "WSRetinaNetHead"]
@@ -63,6 +64,13 @@ class WSRetinaNetHead(RetinaNetHead):
                 f"The running estimates of {norm!r} in the RetinaNet head mix all FPN levels: "
                 "MODEL.RETINANET.NORM 'GN' has none"
             )
+
+    # Not forward, which then could not be scripted: TorchScript knows no super().
+    def __call__(self, *args, **kwargs):
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        with standardize_once(self):  # not once for each level
+            return super().__call__(*args, **kwargs)
 
     @classmethod
     def from_config(cls, cfg, input_shape):

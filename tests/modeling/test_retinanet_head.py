@@ -1,0 +1,76 @@
+"""The convolutions that all levels share standardize their weights once in a forward."""
+
+import contextlib
+
+import pytest
+import torch
+from detectron2.layers import ShapeSpec
+
+from wsbcn_d2.layers import ws_conv
+from wsbcn_d2.modeling import retinanet
+from wsbcn_d2.modeling.retinanet import WSRetinaNetHead
+
+LEVELS = [(1, 32, 8, 8), (1, 32, 4, 4), (1, 32, 2, 2)]
+
+
+@pytest.fixture
+def head():
+    shapes = [ShapeSpec(channels=32, stride=8)] * len(LEVELS)
+    return WSRetinaNetHead(
+        norm="GN", input_shape=shapes, num_classes=3, num_anchors=1, conv_dims=[32, 32]
+    )
+
+
+@pytest.fixture
+def features():
+    return [torch.randn(shape) for shape in LEVELS]
+
+
+def run(head, features):
+    """Outputs, then gradients."""
+    head.zero_grad()
+    outputs = [y for kind in head(features) for y in kind]
+    sum(y.square().sum() for y in outputs).backward()
+    return [*outputs, *(parameter.grad for parameter in head.parameters())]
+
+
+def test_once_each(head, features, monkeypatch):
+    used = []
+    standardize = ws_conv._standardize
+
+    def counted(weight, *options):
+        used.append(id(weight))
+        return standardize(weight, *options)
+
+    monkeypatch.setattr(ws_conv, "_standardize", counted)
+    shared = run(head, features)
+    assert len(used) == len(set(used)) == 4
+    used.clear()
+    monkeypatch.setattr(retinanet, "standardize_once", lambda module: contextlib.nullcontext())
+    apart = run(head, features)
+    assert len(used) == 2 * 4 * len(LEVELS)  # each again for backward
+    for a, b in zip(shared, apart, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_next_forward_sees_an_edit(head, features):
+    before = run(head, features)[0]
+    conv = head.cls_subnet[0]
+    conv.weight.data[0] *= torch.rand(32, 3, 3)  # moves no version counter
+    after = run(head, features)[0]
+    assert not torch.allclose(before, after)
+    head.load_state_dict(head.state_dict())
+    torch.testing.assert_close(run(head, features)[0], after)
+
+
+def test_a_forward_that_fails_leaves_nothing_behind(head, features):
+    with pytest.raises(RuntimeError):
+        head([features[0], torch.randn(1, 7, 4, 4), features[2]])
+    assert not any("_shared" in module.__dict__ for module in head.modules())
+
+
+def test_it_can_be_scripted(head, features):
+    head.eval()
+    scripted = torch.jit.script(head)
+    for a, b in zip(head(features), scripted(features), strict=True):
+        torch.testing.assert_close(a, b)
