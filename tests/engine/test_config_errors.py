@@ -222,6 +222,10 @@ def test_wrong_update_rate(run, rate):
     has(run("MODEL.BCN.UPDATE_RATE", rate), "MODEL.BCN", rate, "[0, 1]")
 
 
+def test_wrong_period_of_the_monitor(run):
+    has(run("MODEL.BCN.MONITOR_PERIOD", "-5"), "MODEL.BCN", "period", "-5")
+
+
 # What is no error.
 
 

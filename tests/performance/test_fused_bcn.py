@@ -213,6 +213,9 @@ def test_off_and_unknown(monkeypatch):
     assert not used(norm(x))
     assert_close(norm(x), fused)
     assert "fused=off" in repr(norm)
+    monkeypatch.delenv("WSBCN_FUSED")
+    assert "fused=cpp" in repr(norm)
+    assert "fused=native" in repr(copy.deepcopy(norm).half()) and "fused=" in repr(norm.to("meta"))
     monkeypatch.setenv("WSBCN_FUSED", "fast")
     with pytest.raises(ValueError, match="WSBCN_FUSED"):
         norm(x)

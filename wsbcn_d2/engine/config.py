@@ -20,6 +20,7 @@ from ..checkpoint import LoadExpectation, WSBCNCheckpointer
 from ..config import get_cfg
 from ..data import classification_mapper
 from .hooks import UpdateRateSchedule
+from .monitor import ChannelMonitor
 
 __all__ = [
     "UsageError",
@@ -124,6 +125,8 @@ def check_config(
     check_weights(weights, "MODEL.WEIGHTS")
     try:
         UpdateRateSchedule(cfg.MODEL.BCN.UPDATE_RATE, cfg.MODEL.BCN.UPDATE_RATE_SCHEDULE)
+        if cfg.MODEL.BCN.MONITOR_PERIOD:
+            ChannelMonitor(cfg.MODEL.BCN.MONITOR_PERIOD)
     except ValueError as error:
         raise UsageError(f"MODEL.BCN: {one_line(error)}") from error
     model = _model_on_meta(cfg)

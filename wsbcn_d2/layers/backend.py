@@ -38,7 +38,7 @@ def _has_triton() -> bool:
 
 
 def backend_for(device: torch.device, dtype: torch.dtype) -> str:
-    """What serves an input on ``device`` with parameters of type ``dtype`` (float32 or float64).
+    """What serves an input on ``device`` with parameters of type ``dtype``.
 
     Returns:
         "cpp", "native", "compile" or "off".
@@ -47,7 +47,8 @@ def backend_for(device: torch.device, dtype: torch.dtype) -> str:
     if backend == "auto" and device.type == "cuda" and _has_triton():
         return "compile"
     if backend in ("auto", "cpp"):
-        return "cpp" if device.type == "cpu" and load_kernels(dtype) else "native"
+        buildable = device.type == "cpu" and dtype in (torch.float32, torch.float64)
+        return "cpp" if buildable and load_kernels(dtype) else "native"
     return backend
 
 

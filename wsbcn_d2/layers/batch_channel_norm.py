@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 
-from .backend import backend_for, requested_backend, supports
+from .backend import backend_for, supports
 from .estimated_batch_norm import EstimatedBatchNorm2d, check_input
 from .fused_bcn import ConstantBatchNorm, fused_bcn
 
@@ -146,9 +146,10 @@ class BatchChannelNorm2d(nn.GroupNorm):
         return fused_bcn(x, self.weight, self.bias, bn, self.eps, backend)
 
     def extra_repr(self) -> str:
+        backend = backend_for(self.weight.device, self.weight.dtype)  # what serves most inputs
         return (
             f"{self.num_channels}, num_groups={self.num_groups}, eps={self.eps:g}, "
-            f"statistics={self.statistics}, fused={requested_backend()}"
+            f"statistics={self.statistics}, fused={backend}"
         )
 
 
