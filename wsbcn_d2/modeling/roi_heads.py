@@ -5,7 +5,6 @@ predictor, which have none, stay plain.
 """
 
 from detectron2.config import configurable
-from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_BOX_HEAD_REGISTRY, ROI_HEADS_REGISTRY, ROI_MASK_HEAD_REGISTRY
 from detectron2.modeling.roi_heads import (
     FastRCNNConvFCHead,
@@ -18,15 +17,15 @@ from .build import standardize, ws_options
 __all__ = ["WSFastRCNNConvFCHead", "WSMaskRCNNConvUpsampleHead", "WSRes5ROIHeads"]
 
 
-@ROI_BOX_HEAD_REGISTRY.register()
-class WSFastRCNNConvFCHead(FastRCNNConvFCHead):
-    """``FastRCNNConvFCHead`` with WS in its convolutions (4conv1fc: all four)."""
+class _Standardized:
+    """Before a Detectron2 head among the bases: converts what that has built."""
+
+    _part = ""  # of the head: the name of a submodule, or all
 
     @configurable
     def __init__(
         self,
-        input_shape: ShapeSpec,
-        *,
+        *args,
         ws_kind: str = "ws",
         ws_formula: str = "unbiased",
         ws_eps: float = 1e-5,
@@ -35,14 +34,13 @@ class WSFastRCNNConvFCHead(FastRCNNConvFCHead):
     ):
         """
         Args:
-            input_shape: shape of the pooled feature.
             ws_kind, ws_formula, ws_eps: see :func:`wsbcn_d2.layers.convert_convs`.
             bcn_update_rate: rate of the norms' running estimates; None keeps the norm's own.
-            **kwargs: those of :class:`FastRCNNConvFCHead` (``conv_dims``, ``conv_norm``, ...).
+            *args, **kwargs: those of the stock head.
         """
-        super().__init__(input_shape, **kwargs)
+        super().__init__(*args, **kwargs)
         standardize(
-            self,
+            self.get_submodule(self._part),
             ws_kind=ws_kind,
             ws_formula=ws_formula,
             ws_eps=ws_eps,
@@ -52,73 +50,20 @@ class WSFastRCNNConvFCHead(FastRCNNConvFCHead):
     @classmethod
     def from_config(cls, cfg, input_shape):
         return {**super().from_config(cfg, input_shape), **ws_options(cfg)}
+
+
+@ROI_BOX_HEAD_REGISTRY.register()
+class WSFastRCNNConvFCHead(_Standardized, FastRCNNConvFCHead):
+    """``FastRCNNConvFCHead`` with WS in its convolutions (4conv1fc: all four)."""
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
-class WSMaskRCNNConvUpsampleHead(MaskRCNNConvUpsampleHead):
+class WSMaskRCNNConvUpsampleHead(_Standardized, MaskRCNNConvUpsampleHead):
     """``MaskRCNNConvUpsampleHead`` with WS in its ``mask_fcn`` convolutions."""
-
-    @configurable
-    def __init__(
-        self,
-        input_shape: ShapeSpec,
-        *,
-        ws_kind: str = "ws",
-        ws_formula: str = "unbiased",
-        ws_eps: float = 1e-5,
-        bcn_update_rate: float | None = None,
-        **kwargs,
-    ):
-        """
-        Args:
-            input_shape: shape of the pooled feature.
-            ws_kind, ws_formula, ws_eps: see :func:`wsbcn_d2.layers.convert_convs`.
-            bcn_update_rate: rate of the norms' running estimates; None keeps the norm's own.
-            **kwargs: those of :class:`MaskRCNNConvUpsampleHead`.
-        """
-        super().__init__(input_shape, **kwargs)
-        standardize(
-            self,
-            ws_kind=ws_kind,
-            ws_formula=ws_formula,
-            ws_eps=ws_eps,
-            bcn_update_rate=bcn_update_rate,
-        )
-
-    @classmethod
-    def from_config(cls, cfg, input_shape):
-        return {**super().from_config(cfg, input_shape), **ws_options(cfg)}
 
 
 @ROI_HEADS_REGISTRY.register()
-class WSRes5ROIHeads(Res5ROIHeads):
+class WSRes5ROIHeads(_Standardized, Res5ROIHeads):
     """``Res5ROIHeads`` (C4 models) with WS in its res5 stage."""
 
-    @configurable
-    def __init__(
-        self,
-        *,
-        ws_kind: str = "ws",
-        ws_formula: str = "unbiased",
-        ws_eps: float = 1e-5,
-        bcn_update_rate: float | None = None,
-        **kwargs,
-    ):
-        """
-        Args:
-            ws_kind, ws_formula, ws_eps: see :func:`wsbcn_d2.layers.convert_convs`.
-            bcn_update_rate: rate of the norms' running estimates; None keeps the norm's own.
-            **kwargs: those of :class:`Res5ROIHeads`.
-        """
-        super().__init__(**kwargs)
-        standardize(
-            self.res5,
-            ws_kind=ws_kind,
-            ws_formula=ws_formula,
-            ws_eps=ws_eps,
-            bcn_update_rate=bcn_update_rate,
-        )
-
-    @classmethod
-    def from_config(cls, cfg, input_shape):
-        return {**super().from_config(cfg, input_shape), **ws_options(cfg)}
+    _part = "res5"
