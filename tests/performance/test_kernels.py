@@ -50,8 +50,12 @@ def test_a_build_is_kept_and_used_again(fresh, monkeypatch):
     assert len(list(fresh.iterdir())) == 2
 
 
+def _homeless():
+    raise RuntimeError("no home directory")
+
+
 @pytest.mark.parametrize(
-    "case", ["no compiler", "failing compiler", "folder of others", "no folder"]
+    "case", ["no compiler", "failing compiler", "folder of others", "no folder", "no home"]
 )
 def test_without_them_the_results_are_the_same(fresh, monkeypatch, caplog, case):
     if case == "no compiler":
@@ -67,13 +71,17 @@ def test_without_them_the_results_are_the_same(fresh, monkeypatch, caplog, case)
     elif case == "folder of others":
         fresh.mkdir()
         fresh.chmod(0o777)
-    else:
+    elif case == "no folder":
         monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(kernels.Path, "home", _homeless)
     reasons = {
         "no compiler": "no C++ compiler",
         "failing compiler": "x: error: 42",
         "folder of others": "can be written by others",
         "no folder": "/proc/nowhere",
+        "no home": "no home directory",
     }
     norm, x = BatchChannelNorm2d(8, 4), torch.randn(2, 8, 5, 5, requires_grad=True)
     weight = torch.randn(4, 3, 3, 3)

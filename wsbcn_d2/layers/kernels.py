@@ -89,7 +89,7 @@ def load_kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The kernels for float32 or float64; None, said once in the log, if they cannot be built."""
     try:
         library = ctypes.CDLL(str(_build(_TYPES[dtype])))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # no home: RuntimeError
         reason = getattr(error, "stderr", None) or str(error)
         reason = next((line for line in reason.splitlines() if "error" in line), reason)
         _logger.info("no C++ kernels, PyTorch's own norms serve instead: %s", reason.strip())
