@@ -13,20 +13,20 @@ Numbers of images per step follow Detectron2's linear rule: twice the images is 
 rate and half the iterations, so every run sees the same images. --max-iter resizes the whole
 schedule; overrides (KEY VALUE ...) and --max-iter are meant for the config's own images per step.
 
-The study of this project, on two CPU cores (0.3-0.4 s per image, two runs at a time of one thread
-each; about 2.6 h and 0.8 h):
+The study of this project, on two CPU cores (0.4 s per image, two runs at a time of one thread
+each: 2.2 h, 40, 15 and 30 minutes; glibc's thresholds save page faults, a sixth of each step).
+Runs that have a record in configs/shapes/results/records are taken from there:
 
-    tools/compare.py --images-per-step 1 2 --seeds 1 2 3 --max-iter 1500 --evaluations 3 \\
-        --jobs 2 --output output/study
-    tools/compare.py --variants bcn_ws --seeds 1 --max-iter 1500 --evaluations 3 --jobs 2 \\
+    export MALLOC_MMAP_THRESHOLD_=2147483648 MALLOC_TRIM_THRESHOLD_=8589934592
+    common="--max-iter 1200 --evaluations 3 --jobs 2 --records configs/shapes/results/records"
+    tools/compare.py $common --images-per-step 1 2 --seeds 1 2 3 --output output/study
+    tools/compare.py $common --variants bcn_ws --seeds 1 \\
         --sweep MODEL.BCN.UPDATE_RATE 0.1 0.03 0.01 0.003 0.001 \\
-        --sweep MODEL.BCN.UPDATE_RATE_SCHEDULE constant lr \\
-        --records output/study/records --output output/rates
-    tools/compare.py --variants bcn_ws --seeds 1 2 3 --max-iter 1500 --evaluations 3 --jobs 2 \\
-        --first-batch-init on off --records output/study/records --output output/init
-    tools/compare.py --variants gn gn_ws bcn_ws --seeds 1 --max-iter 1500 --evaluations 3 \\
-        --sweep SOLVER.BASE_LR 0.005 0.01 0.02 --jobs 2 --records output/study/records \\
-        --output output/learning_rates
+        --sweep MODEL.BCN.UPDATE_RATE_SCHEDULE constant lr --output output/rates
+    tools/compare.py $common --variants bcn_ws --seeds 1 2 3 --first-batch-init on off \\
+        --output output/init
+    tools/compare.py $common --variants gn gn_ws bcn_ws --seeds 1 \\
+        --sweep SOLVER.BASE_LR 0.01 0.02 0.04 --output output/learning_rates
 
 The same on COCO, on a GPU (leave --max-iter away for the paper's schedule):
 
