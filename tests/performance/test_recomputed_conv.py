@@ -9,8 +9,10 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from wsbcn_d2 import WSConv2d, standardize_weight
+from wsbcn_d2.layers import CWNConv2d, WNConv2d
 from wsbcn_d2.layers.recomputed_conv import recomputed_conv2d
 
+kinds = pytest.mark.parametrize("kind", [WSConv2d, WNConv2d, CWNConv2d])
 OPTIONS = [
     {"padding": 1},
     {"stride": 2, "groups": 2},
@@ -20,7 +22,7 @@ OPTIONS = [
 
 
 def plain(conv, x):
-    weight = standardize_weight(conv.weight, formula=conv.ws_formula, eps=conv.ws_eps)
+    weight = conv.used_weight()
     return F.conv2d(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
@@ -41,25 +43,26 @@ def kept(run):
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("needs_x", [True, False])
-def test_bits_are_those_of_the_plain_form(options, layout, needs_x):
-    conv = WSConv2d(4, 6, 3, **options).to(memory_format=layout)
+@kinds
+def test_bits_are_those_of_the_plain_form(kind, options, layout, needs_x):
+    conv = kind(4, 6, 3, **options).to(memory_format=layout)
     x = torch.randn(2, 4, 9, 11).to(memory_format=layout).requires_grad_(needs_x)
     results = []
     for run in (conv, lambda x: plain(conv, x)):
         y = run(x)
         (y * y.detach().cos()).sum().backward()
-        results.append([y, conv.weight.grad, *([x.grad] if needs_x else [])])
-        results[-1] += [conv.bias.grad] if conv.bias is not None else []
+        results.append([y, *([x.grad] if needs_x else [])])
+        results[-1] += [parameter.grad for parameter in conv.parameters()]
         conv.zero_grad()
         x.grad = None
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert results[0][1].stride() == conv.weight.stride()
 
 
-def test_no_copy_of_the_weight_is_kept():
-    conv = WSConv2d(32, 32, 3, bias=False)
+@kinds
+def test_no_copy_of_the_weight_is_kept(kind):
+    conv = kind(32, 32, 3, bias=False)
     x = torch.randn(1, 32, 5, 5, requires_grad=True)
-    own = {conv.weight.data_ptr(), x.data_ptr()}
+    own = {tensor.data_ptr() for tensor in (x, *conv.parameters())}
     storages, y = kept(lambda: conv(x))
     assert set(storages) == own
     with_copy, _ = kept(lambda: plain(conv, x))
@@ -72,10 +75,8 @@ def test_first_and_second_derivatives(bias):
     inputs = [tensor.double().requires_grad_() for tensor in inputs]
 
     def run(x, weight, bias=None):
-        conv = SimpleNamespace(
-            weight=weight, bias=bias, stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1
-        )
-        return recomputed_conv2d(conv, x, standardize_weight)
+        conv = SimpleNamespace(bias=bias, stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1)
+        return recomputed_conv2d(conv, x, standardize_weight, weight)
 
     assert gradcheck(run, inputs)
     assert gradgradcheck(run, inputs)

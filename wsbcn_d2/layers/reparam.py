@@ -20,9 +20,9 @@ from typing import Final
 import torch
 from detectron2.layers import Conv2d
 from torch import nn
-from torch.nn import functional as F
 
 from .conversion import normalized_convs
+from .recomputed_conv import ReparametrizedConv2d
 from .ws_conv import WSConv2d
 
 __all__ = ["WS_KINDS", "CWNConv2d", "WNConv2d", "convert_convs", "normalize_weight"]
@@ -69,7 +69,7 @@ def _normalize(
     return out.reshape(weight.shape).to(weight.dtype)
 
 
-class WNConv2d(Conv2d):
+class WNConv2d(ReparametrizedConv2d):
     """Detectron2's ``Conv2d`` (with ``norm`` and ``activation``) on normalized weights.
 
     Beside the parent's parameters (``weight`` is v) it has ``weight_g``, shape (C_out,), so that
@@ -112,26 +112,14 @@ class WNConv2d(Conv2d):
         # A stage that is frozen already stays frozen.
         conv.weight_g = nn.Parameter(length, requires_grad=weight.requires_grad)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            x: shape (N, C_in, H, W); N, H or W may be 0.
+    def used_weight(self) -> torch.Tensor:
+        """The normalized weight."""
+        return _normalize(self.weight, self.weight_g, self.centred, self.ws_eps)
 
-        Returns:
-            Tensor of shape (N, C_out, H', W').
-        """
-        if not torch.jit.is_scripting():
-            # Same contract as the parent, which stops here with an assertion.
-            assert not (
-                self.training and x.numel() == 0 and isinstance(self.norm, nn.SyncBatchNorm)
-            ), "SyncBatchNorm does not support empty inputs!"
-        weight = _normalize(self.weight, self.weight_g, self.centred, self.ws_eps)
-        x = F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        if self.norm is not None:
-            x = self.norm(x)
-        if self.activation is not None:
-            x = self.activation(x)
-        return x
+    @torch.jit.unused
+    def _recipe(self):
+        centred, eps = self.centred, self.ws_eps
+        return lambda v, g: _normalize(v, g, centred, eps), (self.weight, self.weight_g)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kind={self.ws_formula}, ws_eps={self.ws_eps:g}"

@@ -13,21 +13,18 @@ Deviations:
   * Convolutions are converted in place, and only those that carry a norm.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Final
 
 import torch
-from detectron2.layers import Conv2d
 from torch import nn
 from torch.nn import functional as F
 
 from .conversion import normalized_convs
 from .fused_ws import fused_standardize, takes
-from .recomputed_conv import recomputed_conv2d, recomputes
+from .recomputed_conv import ReparametrizedConv2d
 
-__all__ = ["WS_FORMULAS", "WSConv2d", "standardize_once", "standardize_weight"]
+__all__ = ["WS_FORMULAS", "WSConv2d", "standardize_weight"]
 
 #: Valid values of ``formula``: where epsilon stands and which variance is meant.
 WS_FORMULAS = ("biased", "unbiased", "unbiased_std")
@@ -118,7 +115,7 @@ def _check_filters(weight: torch.Tensor, formula: str) -> None:
         )
 
 
-class WSConv2d(Conv2d):
+class WSConv2d(ReparametrizedConv2d):
     """Detectron2's ``Conv2d`` (with ``norm`` and ``activation``) on standardized weights.
 
     Parameters and state-dict keys are those of the parent: the raw weight is stored, and
@@ -143,45 +140,14 @@ class WSConv2d(Conv2d):
         self.ws_formula = ws_formula
         self.ws_eps = ws_eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            x: shape (N, C_in, H, W); N, H or W may be 0.
-
-        Returns:
-            Tensor of shape (N, C_out, H', W').
-        """
-        if not torch.jit.is_scripting():
-            # Same contract as the parent, which stops here with an assertion.
-            assert not (
-                self.training and x.numel() == 0 and isinstance(self.norm, nn.SyncBatchNorm)
-            ), "SyncBatchNorm does not support empty inputs!"
-        if torch.jit.is_scripting():
-            weight = _standardize(self.weight, self.ws_formula, self.ws_eps)
-            x = F.conv2d(
-                x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups
-            )
-        else:
-            x = self._convolve(x)
-        if self.norm is not None:
-            x = self.norm(x)
-        if self.activation is not None:
-            x = self.activation(x)
-        return x
+    def used_weight(self) -> torch.Tensor:
+        """The standardized weight."""
+        return _standardize(self.weight, self.ws_formula, self.ws_eps)
 
     @torch.jit.unused
-    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
+    def _recipe(self):
         formula, eps = self.ws_formula, self.ws_eps
-        shared = self.__dict__.get("_shared")  # set by standardize_once
-        if shared is None and recomputes(self, x):
-            return recomputed_conv2d(self, x, lambda weight: _standardize(weight, formula, eps))
-        if shared:
-            weight = shared[0]
-        else:
-            weight = _standardize(self.weight, formula, eps)
-            if shared is not None:
-                shared.append(weight)
-        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return lambda weight: _standardize(weight, formula, eps), (self.weight,)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ws_formula={self.ws_formula}, ws_eps={self.ws_eps:g}"
@@ -218,20 +184,3 @@ class WSConv2d(Conv2d):
             conv.ws_formula = formula
             conv.ws_eps = eps
         return module
-
-
-@contextlib.contextmanager
-def standardize_once(module: nn.Module) -> Iterator[None]:
-    """Within, each :class:`WSConv2d` of a module standardizes its weight at the first use alone.
-
-    For one forward of a head whose convolutions run on every feature level. Weights must not
-    change within; the next forward standardizes anew.
-    """
-    convs = [child for child in module.modules() if isinstance(child, WSConv2d)]
-    for conv in convs:
-        conv.__dict__["_shared"] = []
-    try:
-        yield
-    finally:
-        for conv in convs:
-            del conv.__dict__["_shared"]
