@@ -162,3 +162,33 @@ def test_moving_the_estimates_is_seen_by_autograd(monkeypatch):
     with torch.inference_mode():
         norm.bn.running_mean = norm.bn.running_mean.clone()
         assert norm(x).isfinite().all()
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0, 1e4])
+@pytest.mark.parametrize("size", [1, 63, 1024, 2500])
+def test_moments_of_rows_whose_mean_is_large(mean, size):
+    """The sums' rounding moves the centre of a block; its variance must not feel that."""
+    x = mean + 0.02 * torch.randn(1, 8, 1, size)
+    ones, zeros = torch.ones(8), torch.zeros(8)
+    rows = kernels.bcn_forward(
+        x, ones[:4], zeros[:4], ones, zeros, zeros, ones, None, 1e-5, None, 1e-5
+    )[1:3]
+    var, expected = torch.var_mean(x.double()[:, :, 0], dim=2, correction=0)
+    assert_close(rows[0].double(), expected, rtol=1e-6, atol=1e-7)
+    assert_close(rows[1].double(), var, rtol=1e-4, atol=1e-12)
+
+
+def test_one_bad_channel_leaves_the_estimates_of_all_in_use(monkeypatch):
+    outputs, norm = {}, BatchChannelNorm2d(8, 4, update_rate=0.5)
+    norm(torch.randn(2, 8, 3, 3))
+    state = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
+    x = 3 + torch.randn(2, 8, 3, 3)
+    x[1, 2, 0, 0] = torch.inf
+    for backend in ("cpp", "off"):
+        monkeypatch.setenv("WSBCN_FUSED", backend)
+        outputs[backend] = norm(x)
+        for name, tensor in norm.state_dict().items():
+            assert torch.equal(tensor, state[name]), (backend, name)
+    good = [0, 1, 4, 5, 6, 7]
+    assert outputs["cpp"][:, good].isfinite().all()
+    assert_close(outputs["cpp"][:, good], outputs["off"][:, good])
