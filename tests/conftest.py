@@ -37,6 +37,21 @@ TINY = {
 TINY = [str(part) for pair in TINY.items() for part in pair]
 
 
+def kept_for_backward(run):
+    """Address to bytes of the distinct tensors that autograd keeps of ``run()``."""
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = run()
+    assert y.requires_grad
+    return kept
+
+
 @pytest.fixture(autouse=True)
 def one_thread_and_a_seed():
     torch.set_num_threads(1)

@@ -9,6 +9,7 @@ from detectron2.config import get_cfg as get_detectron2_cfg
 
 from wsbcn_d2 import add_wsbcn_config, get_cfg
 from wsbcn_d2.layers import WS_FORMULAS
+from wsbcn_d2.study.plan import flatten
 
 KEYS = {
     "MODEL.WS.KIND": "ws",
@@ -20,16 +21,6 @@ KEYS = {
     "MODEL.BCN.MONITOR_PERIOD": 0,
 }
 VARIANTS = ("bn", "gn", "gn_ws", "bcn", "bcn_ws")
-
-
-def flatten(node, prefix=""):
-    result = {}
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            result.update(flatten(value, f"{prefix}{key}."))
-        else:
-            result[prefix + key] = value
-    return result
 
 
 STOCK, OURS = flatten(get_detectron2_cfg()), flatten(get_cfg())

@@ -52,13 +52,19 @@ def batch(layer_index, size=2, offset=0.0):
     return torch.randn(size, CHANNELS[layer_index], 4, 4).double() + offset
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 5])
-def test_the_first_batch_gives_the_moments_of_all_batches_together(world_size, monkeypatch):
-    ranks = make_ranks(world_size)
-    data = [[batch(i, offset=3.0 * rank) for i in (0, 1)] for rank in range(world_size)]
+def run_once(ranks):
+    """Run every layer of every rank on a batch of its own; returns the batches."""
+    data = [[batch(i, offset=3.0 * rank) for i in (0, 1)] for rank in range(len(ranks))]
     for layers, inputs in zip(ranks, data, strict=True):
         for layer, x in zip(layers, inputs, strict=True):
             layer(x.float())
+    return data
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_the_first_batch_gives_the_moments_of_all_batches_together(world_size, monkeypatch):
+    ranks = make_ranks(world_size)
+    data = run_once(ranks)
     merged = synchronize(ranks, monkeypatch)
     for i, layer in enumerate(merged):
         mean, var = reference.moments(torch.cat([inputs[i] for inputs in data]))
@@ -71,10 +77,7 @@ def test_the_first_batch_gives_the_moments_of_all_batches_together(world_size, m
 def test_later_batches_give_the_update_by_all_batches_together(world_size, monkeypatch):
     ranks = make_ranks(world_size, steps_before=2)
     old = copy.deepcopy(ranks[0])
-    data = [[batch(i, offset=3.0 * rank) for i in (0, 1)] for rank in range(world_size)]
-    for layers, inputs in zip(ranks, data, strict=True):
-        for layer, x in zip(layers, inputs, strict=True):
-            layer(x.float())
+    data = run_once(ranks)
     merged = synchronize(ranks, monkeypatch)
     for i, layer in enumerate(merged):
         everything = torch.cat([inputs[i] for inputs in data])

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from conftest import kept_for_backward
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,17 +14,7 @@ from wsbcn_d2.layers import fused_bcn
 
 def kept_bytes(module, x):
     """Bytes of the distinct tensors kept for backward."""
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = module(x)
-    assert y.requires_grad
-    return sum(kept.values())
+    return sum(kept_for_backward(lambda: module(x)).values())
 
 
 # The smallest maps of R-50-FPN at 800x1216, where numbers per channel weigh most, and others.

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import kept_for_backward
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
@@ -24,20 +25,6 @@ OPTIONS = [
 def plain(conv, x):
     weight = conv.used_weight()
     return F.conv2d(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-def kept(run):
-    """Addresses and bytes of what autograd keeps."""
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = run()
-    return storages, y
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -63,9 +50,8 @@ def test_no_copy_of_the_weight_is_kept(kind):
     conv = kind(32, 32, 3, bias=False)
     x = torch.randn(1, 32, 5, 5, requires_grad=True)
     own = {tensor.data_ptr() for tensor in (x, *conv.parameters())}
-    storages, y = kept(lambda: conv(x))
-    assert set(storages) == own
-    with_copy, _ = kept(lambda: plain(conv, x))
+    assert set(kept_for_backward(lambda: conv(x))) == own
+    with_copy = kept_for_backward(lambda: plain(conv, x))
     assert sum(n for at, n in with_copy.items() if at not in own) >= conv.weight.nbytes
 
 

@@ -13,7 +13,6 @@ from wsbcn_d2.layers import fused_bcn
 
 @pytest.fixture
 def model(tiny_cfg):
-    # Noise is resized to nothing else: the image has the size that the model sees.
     return build_model(tiny_cfg())
 
 
