@@ -34,6 +34,23 @@ def test_shapes_variants_differ_in_norm_and_convolution_lines_alone(one, other):
         assert len(names) == 1
 
 
+def test_pre_training_and_fine_tuning_differ_in_norm_lines_alone():
+    for form, norms in (
+        ("classifier_R_18_{}.yaml", {"MODEL.RESNETS.NORM"}),
+        ("mask_rcnn_R_18_FPN_{}_finetune.yaml", NORMS),
+    ):
+        gn, bcn = (flatten(load_config(str(SHAPES / form.format(v)))) for v in ("gn_ws", "bcn_ws"))
+        differ = {key for key in gn if gn[key] != bcn[key]}
+        assert differ - {"MODEL.WEIGHTS", "OUTPUT_DIR"} == norms
+    for variant in ("gn_ws", "bcn_ws"):  # each from its own classifier, where that is left
+        classifier, detector = (
+            load_config(str(SHAPES / form.format(variant)))
+            for form in ("classifier_R_18_{}.yaml", "mask_rcnn_R_18_FPN_{}_finetune.yaml")
+        )
+        left = Path(classifier.OUTPUT_DIR, "model_final.pth")
+        assert Path(detector.MODEL.WEIGHTS) == left
+
+
 def test_seeds_come_before_variants():
     runs = make_plan(
         {k: CONFIGS[k] for k in ("gn", "bcn_ws")}, images_per_step=[1, 2], seeds=[5, 6]
