@@ -4,6 +4,7 @@
     tools/benchmark.py layer                     BCN against GroupNorm over R-50-FPN's activations
     tools/benchmark.py ws                        standardizing all weights of R-50-FPN
     tools/benchmark.py step CONFIG CONFIG ...    training step and inference; the first is the base
+    tools/benchmark.py monitor CONFIG ...        what the channel monitor adds to a training
     tools/benchmark.py layer --device cuda --amp --output layer.json
 
 Every round runs all candidates one after another, so that a busy machine slows all of them; a
@@ -111,8 +112,10 @@ def parse(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("mode", choices=("layer", "ws", "step"))
-    parser.add_argument("configs", nargs="*", help="step: YAML configs; ws: one (default R-50-FPN)")
+    parser.add_argument("mode", choices=("layer", "ws", "step", "monitor"))
+    parser.add_argument(
+        "configs", nargs="*", help="step, monitor: YAML configs; ws: one (default R-50-FPN)"
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--amp", action="store_true", help="float16 on CUDA, bfloat16 on the CPU")
     parser.add_argument("--channels-last", action="store_true")
@@ -132,6 +135,8 @@ def parse(argv) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.mode == "step" and len(args.configs) < 2:
         parser.error("step mode compares two or more configs")
+    if args.mode == "monitor" and not args.configs:
+        parser.error("monitor mode needs a config")
     if args.cpu_time and args.device == "cuda":
         parser.error("--cpu-time is for --device cpu")
     if args.device == "cuda" and not torch.cuda.is_available():

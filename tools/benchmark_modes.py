@@ -5,6 +5,7 @@ import statistics
 
 import torch
 from benchmark import Runner, geometric_mean, ratio
+from benchmark_monitor import monitor_mode
 from benchmark_step import step_mode
 from detectron2.modeling import build_model
 from torch import nn
@@ -172,4 +173,4 @@ def ws_mode(runner: Runner, args) -> dict:
     return {"mode": "ws", "rows": rows}
 
 
-MODES = {"layer": layer_mode, "ws": ws_mode, "step": step_mode}
+MODES = {"layer": layer_mode, "ws": ws_mode, "step": step_mode, "monitor": monitor_mode}

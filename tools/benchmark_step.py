@@ -37,7 +37,8 @@ def random_batch(images: int, height: int, width: int, classes: int, train: bool
     return batch
 
 
-def _load(path: str, device: str):
+def load(path: str, device: str):
+    """A config, made fit for batches of noise, and its model."""
     cfg = load_config(
         path,
         [
@@ -49,7 +50,8 @@ def _load(path: str, device: str):
     return cfg, build_model(cfg)
 
 
-def _training(runner: Runner, cfg, model, args, images: int):
+def training(cfg, model, args, images: int):
+    """A callable that does one training step."""
     batch = random_batch(images, *args.image_size, cfg.MODEL.ROI_HEADS.NUM_CLASSES, train=True)
     # The work is real, the learning is not: noise at the config's rate would diverge.
     optimizer = build_optimizer(cfg, model)
@@ -79,14 +81,14 @@ def _inference(model, args, images: int):
 def step_mode(runner: Runner, args) -> dict:
     """Training step and inference; the ratios are to the first config."""
     names = [os.path.splitext(os.path.basename(path))[0] for path in args.configs]
-    loaded = [_load(path, args.device) for path in args.configs]
+    loaded = [load(path, args.device) for path in args.configs]
     if args.channels_last:
         for _, model in loaded:
             model.to(memory_format=torch.channels_last)
     rows = []
     for images in args.images:
         runs = {
-            name: _training(runner, cfg, model.train(), args, images)
+            name: training(cfg, model.train(), args, images)
             for name, (cfg, model) in zip(names, loaded, strict=True)
         }
         # Optimizer state exists after the first step and is not the step's own.

@@ -197,6 +197,10 @@ def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
     assert set(result["summary"]) >= {"bcn / gn", "released / bcn", "bcn / gn, sum of times"}
     assert main(["ws", "--quick", "--cpu-time"]) == 0
     assert "five-op formula" in capsys.readouterr().out
+    config = str(TOOLS.parent / "configs" / "shapes" / "mask_rcnn_R_18_FPN_bcn_ws.yaml")
+    assert main(["monitor", config, "--quick", "--output", str(output)]) == 0
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["share"] == pytest.approx((row["time"]["ratio"] - 1) * 0.08)
 
 
 def test_shape_spec_is_kept():
