@@ -3,6 +3,8 @@
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_detectron2_cfg
 
+from .layers import DEFAULT_UPDATE_RATE
+
 __all__ = ["add_wsbcn_config", "get_cfg"]
 
 
@@ -29,7 +31,7 @@ def add_wsbcn_config(cfg: CfgNode) -> None:
 
     cfg.MODEL.BCN = CfgNode()
     # How far the running estimates of "BCN" and "EstBN" move towards each batch, in [0, 1].
-    cfg.MODEL.BCN.UPDATE_RATE = 0.01
+    cfg.MODEL.BCN.UPDATE_RATE = DEFAULT_UPDATE_RATE
     # "constant", or "lr": the rate follows the learning rate's factor (lr / base lr).
     cfg.MODEL.BCN.UPDATE_RATE_SCHEDULE = "constant"
     # Average the running estimates over all processes after every step.

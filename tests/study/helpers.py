@@ -1,4 +1,17 @@
-"""Records as a study would leave them, without one."""
+"""Records as a study would leave them, without one; the study's tool."""
+
+import importlib.util
+from pathlib import Path
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "compare.py"
+
+
+def load_tool():
+    """``tools/compare.py`` as a module."""
+    spec = importlib.util.spec_from_file_location("compare", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def make_record(variant="gn", images=1, seed=1, *, box=10.0, settings=None, **more):

@@ -1,6 +1,5 @@
 """``tools/compare.py`` from the command line to the report."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,18 +14,14 @@ from wsbcn_d2.engine import Trainer
 from wsbcn_d2.study import find_records, write_record
 from wsbcn_d2.study.child import hardware, skip_first_batch_init
 
-from .helpers import make_record
+from .helpers import TOOL, load_tool, make_record
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOL = ROOT / "tools" / "compare.py"
 
 
 @pytest.fixture(scope="module")
 def compare():
-    spec = importlib.util.spec_from_file_location("compare", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
-from ..layers import EstimatedBatchNorm2d, set_update_rate
+from ..layers import DEFAULT_UPDATE_RATE, EstimatedBatchNorm2d, set_update_rate
 from .sync import EstimateSynchronizer
 
 __all__ = ["EstimateSync", "UpdateRateSchedule"]
@@ -22,7 +22,7 @@ def _estimated_norms(model: nn.Module) -> list[EstimatedBatchNorm2d]:
 class UpdateRateSchedule(HookBase):
     """Set the update rate of all running estimates of ``trainer.model`` before each step."""
 
-    def __init__(self, update_rate: float = 0.01, schedule: str = "constant"):
+    def __init__(self, update_rate: float = DEFAULT_UPDATE_RATE, schedule: str = "constant"):
         """
         Args:
             update_rate: base rate r in [0, 1].

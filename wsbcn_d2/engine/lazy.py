@@ -18,6 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..checkpoint import WSBCNCheckpointer
+from ..layers import DEFAULT_UPDATE_RATE
 from .config import UsageError, check_batch, check_datasets, check_weights, one_line
 from .hooks import EstimateSync, UpdateRateSchedule
 
@@ -172,11 +173,8 @@ def auto_scale(cfg: DictConfig, world_size: int) -> DictConfig:
 
 def _bcn_hooks(cfg: DictConfig) -> list:
     bcn = cfg.train.get("bcn", {})
-    ours = [
-        UpdateRateSchedule(
-            bcn.get("update_rate", 0.01), bcn.get("update_rate_schedule", "constant")
-        )
-    ]
+    rate = bcn.get("update_rate", DEFAULT_UPDATE_RATE)
+    ours = [UpdateRateSchedule(rate, bcn.get("update_rate_schedule", "constant"))]
     if bcn.get("sync_estimates", True):
         ours.append(EstimateSync())
     return ours

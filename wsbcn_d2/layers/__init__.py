@@ -1,13 +1,19 @@
 """Layers and the names by which configs ask for them."""
 
 from .batch_channel_norm import BatchChannelNorm2d, channel_norm
-from .estimated_batch_norm import EstimatedBatchNorm2d, set_update_rate, update_estimates
+from .estimated_batch_norm import (
+    DEFAULT_UPDATE_RATE,
+    EstimatedBatchNorm2d,
+    set_update_rate,
+    update_estimates,
+)
 from .norm import NORM_REGISTRY, register_norms, unregister_norms
 from .recomputed_conv import standardize_once
 from .reparam import WS_KINDS, CWNConv2d, WNConv2d, convert_convs, normalize_weight
 from .ws_conv import WS_FORMULAS, WSConv2d, standardize_weight
 
 __all__ = [
+    "DEFAULT_UPDATE_RATE",
     "NORM_REGISTRY",
     "WS_FORMULAS",
     "WS_KINDS",

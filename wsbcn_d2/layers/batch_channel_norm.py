@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 
 from .backend import backend_for, supports
-from .estimated_batch_norm import EstimatedBatchNorm2d, check_input
+from .estimated_batch_norm import DEFAULT_UPDATE_RATE, EstimatedBatchNorm2d, check_input
 from .fused_bcn import ConstantBatchNorm, fused_bcn
 
 __all__ = ["BatchChannelNorm2d", "channel_norm"]
@@ -75,7 +75,7 @@ class BatchChannelNorm2d(nn.GroupNorm):
         num_groups: int = 32,
         eps: float = 1e-5,
         statistics: str = "estimated",
-        update_rate: float = 0.01,
+        update_rate: float = DEFAULT_UPDATE_RATE,
     ):
         """
         Args:

@@ -15,7 +15,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["EstimatedBatchNorm2d", "set_update_rate", "update_estimates"]
+__all__ = ["DEFAULT_UPDATE_RATE", "EstimatedBatchNorm2d", "set_update_rate", "update_estimates"]
+
+# The paper and its released code name no rate; what was measured stands in the README.
+DEFAULT_UPDATE_RATE = 0.01
 
 
 @torch.no_grad()
@@ -75,7 +78,11 @@ class EstimatedBatchNorm2d(nn.BatchNorm2d):
     """
 
     def __init__(
-        self, num_features: int, eps: float = 1e-5, momentum: float = 0.01, affine: bool = True
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = DEFAULT_UPDATE_RATE,
+        affine: bool = True,
     ):
         """
         Args:
