@@ -13,20 +13,37 @@ Numbers of images per step follow Detectron2's linear rule: twice the images is 
 rate and half the iterations, so every run sees the same images. --max-iter resizes the whole
 schedule; overrides (KEY VALUE ...) and --max-iter are meant for the config's own images per step.
 
-The study of this project, on two CPU cores (0.4 s per image, two runs at a time of one thread
-each: 2.2 h, 40, 15 and 30 minutes; glibc's thresholds save page faults, a sixth of each step).
-Runs that have a record in configs/shapes/results/records are taken from there:
+The study of this project; what came out is in configs/shapes/results. Runs that have a record there
+are taken from it; without --records, two CPU cores need about 8 minutes per pair of runs. glibc's
+thresholds save page faults, a sixth of each step:
 
     export MALLOC_MMAP_THRESHOLD_=2147483648 MALLOC_TRIM_THRESHOLD_=8589934592
-    common="--max-iter 1200 --evaluations 3 --jobs 2 --records configs/shapes/results/records"
-    tools/compare.py $common --images-per-step 1 2 --seeds 1 2 3 --output output/study
-    tools/compare.py $common --variants bcn_ws --seeds 1 \\
+    common="--evaluations 3 --jobs 2 --records configs/shapes/results/records"
+    scratch="$common --max-iter 1200"
+    tools/compare.py $scratch --images-per-step 1 2 --seeds 1 2 3 --output output/study
+    tools/compare.py $scratch --variants bcn_ws --seeds 1 \\
         --sweep MODEL.BCN.UPDATE_RATE 0.1 0.03 0.01 0.003 0.001 \\
         --sweep MODEL.BCN.UPDATE_RATE_SCHEDULE constant lr --output output/rates
-    tools/compare.py $common --variants bcn_ws --seeds 1 2 3 --first-batch-init on off \\
-        --output output/init
-    tools/compare.py $common --variants gn gn_ws bcn_ws --seeds 1 \\
+    tools/compare.py $scratch --variants bcn_ws --seeds 1 2 3 \\
+        --sweep MODEL.BCN.UPDATE_RATE 0.1 0.01 --output output/rates_seeds
+    tools/compare.py $scratch --variants bcn --seeds 1 \\
+        --sweep MODEL.BCN.UPDATE_RATE 0.1 0.01 --output output/rates_bcn
+    tools/compare.py $common --variants bcn_ws --seeds 1 2 \\
+        --sweep MODEL.BCN.UPDATE_RATE 0.1 --output output/rates_2000
+    tools/compare.py $scratch --variants bcn_ws --seeds 1 --first-batch-init on off \\
+        --output output/first_batch
+    tools/compare.py $scratch --variants gn gn_ws bcn_ws --seeds 1 \\
         --sweep SOLVER.BASE_LR 0.01 0.02 0.04 --output output/learning_rates
+    tools/compare.py $scratch --variants bcn_ws --seeds 1 \\
+        --sweep MODEL.WS.KIND ws wn cwn none --output output/kinds
+
+Fine-tuning, from two classifiers that are trained first (a record knows weights by their path):
+
+    tools/train_net.py --config-file configs/shapes/classifier_R_18_gn_ws.yaml
+    tools/train_net.py --config-file configs/shapes/classifier_R_18_bcn_ws.yaml
+    tools/compare.py $common --max-iter 300 --seeds 1 2 3 --images-per-step 1 \\
+        --configs configs/shapes/mask_rcnn_R_18_FPN_{gn,bcn}_ws_finetune.yaml \\
+        --output output/finetune
 
 The same on COCO, on a GPU (leave --max-iter away for the paper's schedule):
 
