@@ -22,8 +22,10 @@ thresholds save page faults, a sixth of each step:
     scratch="$common --max-iter 1200"
     tools/compare.py $scratch --images-per-step 1 2 --seeds 1 2 3 --output output/study
     tools/compare.py $scratch --variants bcn_ws --seeds 1 \\
-        --sweep MODEL.BCN.UPDATE_RATE 0.1 0.03 0.01 0.003 0.001 \\
-        --sweep MODEL.BCN.UPDATE_RATE_SCHEDULE constant lr --output output/rates
+        --sweep MODEL.BCN.UPDATE_RATE 0.1 0.03 0.01 0.003 0.001 --output output/rates
+    tools/compare.py $scratch --variants bcn_ws --seeds 1 \\
+        --sweep MODEL.BCN.UPDATE_RATE 0.1 0.03 0.01 0.003 0.001 --output output/rates_lr \\
+        MODEL.BCN.UPDATE_RATE_SCHEDULE lr
     tools/compare.py $scratch --variants bcn_ws --seeds 1 2 3 \\
         --sweep MODEL.BCN.UPDATE_RATE 0.1 0.01 --output output/rates_seeds
     tools/compare.py $scratch --variants bcn --seeds 1 \\
