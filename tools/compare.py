@@ -24,7 +24,7 @@ thresholds save page faults, a sixth of each step:
     tools/compare.py $scratch --variants bcn_ws --seeds 1 \\
         --sweep MODEL.BCN.UPDATE_RATE 0.1 0.03 0.01 0.003 0.001 --output output/rates
     tools/compare.py $scratch --variants bcn_ws --seeds 1 \\
-        --sweep MODEL.BCN.UPDATE_RATE 0.1 0.03 0.01 0.003 0.001 --output output/rates_lr \\
+        --sweep MODEL.BCN.UPDATE_RATE 0.1 0.03 0.01 0.003 --output output/rates_lr \\
         MODEL.BCN.UPDATE_RATE_SCHEDULE lr
     tools/compare.py $scratch --variants bcn_ws --seeds 1 2 3 \\
         --sweep MODEL.BCN.UPDATE_RATE 0.1 0.01 --output output/rates_seeds
