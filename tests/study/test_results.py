@@ -11,8 +11,6 @@ from .helpers import load_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "configs" / "shapes" / "results"
-
-
 COMPARE = load_tool()
 
 
