@@ -240,7 +240,21 @@ conv_cases = st.fixed_dictionaries(
         "fused": st.sampled_from(["cpp", "native", "off"]),
         "seed": st.integers(0, 2**31),
     }
-)
+).filter(lambda case: not pytorchs_conv_fault(case))
+
+
+def pytorchs_conv_fault(case):
+    """Whether a case runs into a fault of PyTorch's own float16 convolution (torch 2.12).
+
+    On a CPU with AVX512-FP16, ``F.conv2d`` of an input of width 1 ends the process if a kernel of
+    width 1 has a horizontal dilation, stride and padding.
+    """
+    return (
+        case["dtype"] == torch.float16
+        and case["kernel"][1] == 1
+        and min(case["dilation"][1], case["stride"][1]) > 1
+        and case["padding"] > 0
+    )
 
 
 def check_conv(case):
