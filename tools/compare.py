@@ -7,7 +7,8 @@
 
 Started again, it goes on: finished runs are not repeated, interrupted ones continue at their last
 checkpoint. What decides whether a run is finished is a small file in DIR/records: commit or copy
-that folder (or name it with --records) and the study continues on another machine.
+that folder (or name it with --records) and the study continues on another machine. Two studies
+may work in one DIR: neither touches a run that the other is at.
 
 Numbers of images per step follow Detectron2's linear rule: twice the images is twice the learning
 rate and half the iterations, so every run sees the same images. --max-iter resizes the whole

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from wsbcn_d2.study import Run, find_records, matching, run_all
+from wsbcn_d2.study import Run, find_records, matching, run_all, runner
 from wsbcn_d2.study.runner import repeat_command
 
 # Writes what Detectron2 writes, ten iterations at a time; says on which iteration it began.
@@ -103,6 +103,28 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, command_of):
     (folder / "metrics.json").write_text("\n".join(lines) + "\n")
     assert run_all([run], tmp_path, command_of, poll_seconds=0.05) == []
     assert starts(tmp_path, run) == ["20"]
+
+
+def test_two_studies_in_one_folder_do_not_touch_each_others_runs(tmp_path, command_of, monkeypatch):
+    monkeypatch.setattr(runner, "_PATIENCE", 0.1)
+    a, b = make_run("a"), make_run("b")
+    second, asked = [], []
+
+    def start_the_second_meanwhile(run, folder):
+        """While the first study starts run a, another one wants it, and b."""
+        if not asked:
+            asked.append(run)
+            second.append(run_all([a, b], tmp_path, command_of, poll_seconds=0.05))
+        return command_of(run, folder)
+
+    seen = []
+    first = run_all(
+        [a, b], tmp_path, start_the_second_meanwhile, on_record=seen.append, poll_seconds=0.05
+    )
+    ((failure,),) = second
+    assert failure.run is a and "another study is at it" in failure.reason
+    assert first == [] and [record["variant"] for record in seen] == ["a", "b"]
+    assert starts(tmp_path, a) == starts(tmp_path, b) == ["0"]  # b by the second, once
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "kill"])

@@ -1,5 +1,6 @@
 """Running a plan: several processes at a time, resumable, with progress over all of them."""
 
+import fcntl
 import os
 import shutil
 import signal
@@ -9,14 +10,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from tqdm import tqdm
 
 from ..engine.visualize import read_metrics
 from .plan import Run
-from .records import make_record, write_record
+from .records import find_records, make_record, matching, write_record
 
 __all__ = ["Failure", "child_command", "repeat_command", "run_all"]
+
+_PATIENCE = 5.0  # seconds; the runs of a killed study end within one
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,19 @@ def repeat_command(run: Run, script: str) -> str:
 class _Process:
     """One run that is under way."""
 
-    def __init__(self, run: Run, folder: Path, command: list[str], env: dict[str, str]):
-        self.run, self.folder = run, folder
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, run: Run, folder: Path, command: list[str], env: dict[str, str], lock: IO):
+        self.run, self.folder, self.lock = run, folder, lock
         self.log = folder / "output.txt"
         self.iterations = self._read_iterations()
         with self.log.open("ab") as log:
             # In a session of its own: Ctrl-C reaches the study, which then ends its runs.
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=env, start_new_session=True
+                command,
+                stdout=log,
+                stderr=log,
+                env=env,
+                start_new_session=True,
+                pass_fds=[lock.fileno()],  # it may outlive a killed study for a moment
             )
 
     def _read_iterations(self) -> int:
@@ -83,6 +91,7 @@ class _Process:
             except subprocess.TimeoutExpired:
                 os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait()
+        self.lock.close()
 
     def reason(self) -> str:
         lines = [x.strip() for x in self.log.read_text(errors="replace").splitlines() if x.strip()]
@@ -114,7 +123,8 @@ def run_all(
         poll_seconds: how often to look.
 
     Returns:
-        list[Failure]: runs that ended without a result; the others are not held up by them.
+        list[Failure]: runs that ended without a result, or that another study in the same folder
+            is at; the others are not held up by them.
     """
     root = Path(root)
     threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // jobs)))
@@ -122,6 +132,16 @@ def run_all(
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
     waiting, active, failures = list(runs), [], []
+
+    def settle(run: Run, ended: dict | Failure) -> None:
+        if isinstance(ended, Failure):
+            failures.append(ended)
+            tqdm.write(f"failed: {run.name}: {ended.reason} (see {ended.log})")
+            return
+        on_record(ended)
+        figures = ", ".join(f"{k} AP {v:.1f}" for k, v in ended["final_ap"].items())
+        tqdm.write(f"done: {run.name}: {figures}")
+
     total = sum(run.max_iter * run.images_per_step for run in runs)
     bar = tqdm(total=total, unit="img", smoothing=0.05, disable=not runs)
     previous = signal.signal(signal.SIGTERM, _interrupt)
@@ -129,9 +149,12 @@ def run_all(
         while waiting or active:
             while waiting and len(active) < jobs:
                 run = waiting.pop(0)
-                folder = root / "runs" / run.name
-                active.append(_Process(run, folder, command_of(run, folder), env))
-                bar.update(active[-1].iterations * run.images_per_step)
+                started = _start(run, root, command_of, env)
+                if isinstance(started, _Process):
+                    active.append(started)
+                    bar.update(started.iterations * run.images_per_step)
+                else:
+                    settle(run, started)
             time.sleep(poll_seconds)
             for item in list(active):
                 bar.update(item.progress())
@@ -139,15 +162,10 @@ def run_all(
                     continue
                 active.remove(item)
                 ended = _finish(item, root, repeat_of(item.run), threads)
-                if isinstance(ended, Failure):
-                    failures.append(ended)
-                    tqdm.write(f"failed: {item.run.name}: {ended.reason} (see {ended.log})")
-                    continue
-                on_record(ended)
-                figures = ", ".join(f"{k} AP {v:.1f}" for k, v in ended["final_ap"].items())
-                tqdm.write(f"done: {item.run.name}: {figures}")
-                if not keep_checkpoints:
+                if not isinstance(ended, Failure) and not keep_checkpoints:
                     _remove_checkpoints(item.folder)
+                item.lock.close()
+                settle(item.run, ended)
             bar.set_postfix_str(f"{len(waiting) + len(active)} of {len(runs)} runs to go")
     finally:
         for item in active:
@@ -159,6 +177,36 @@ def run_all(
 
 def _interrupt(signum, frame):
     raise KeyboardInterrupt
+
+
+def _lock(path: Path) -> IO | None:
+    """The file, open and locked until it is closed; None if another process keeps its lock."""
+    file = path.open("a")
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.close()
+                return None
+            time.sleep(0.1)
+
+
+def _start(run: Run, root: Path, command_of, env: dict[str, str]) -> _Process | dict | Failure:
+    """A run's process; or, if a second study works in the same folder, what came of that."""
+    folder = root / "runs" / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder / ".lock")
+    if lock is None:
+        reason = "another study is at it; once that has ended, the same command goes on"
+        return Failure(run, reason, str(folder / "output.txt"))
+    record = matching(run, find_records(root / "records"))
+    if record is not None:
+        lock.close()
+        return record
+    return _Process(run, folder, command_of(run, folder), env, lock)
 
 
 def _finish(item: _Process, root: Path, repeat: str, threads: int) -> dict | Failure:
