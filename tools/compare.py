@@ -40,7 +40,8 @@ thresholds save page faults, a sixth of each step:
     tools/compare.py $scratch --variants bcn_ws --seeds 1 \\
         --sweep MODEL.WS.KIND ws wn cwn none --output output/kinds
 
-Fine-tuning, from two classifiers that are trained first (a record knows weights by their path):
+Fine-tuning, from two classifiers that are trained first (a record knows weights by their content:
+where these are others than those of the record, the run is done anew):
 
     tools/train_net.py --config-file configs/shapes/classifier_R_18_gn_ws.yaml
     tools/train_net.py --config-file configs/shapes/classifier_R_18_bcn_ws.yaml

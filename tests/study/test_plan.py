@@ -20,7 +20,7 @@ NORMS = {f"MODEL.{part}.NORM" for part in PARTS}
 NAMES = {f"MODEL.{part}.NAME" for part in ("BACKBONE", "ROI_BOX_HEAD", "ROI_MASK_HEAD")}
 
 
-@pytest.mark.parametrize("one,other", itertools.combinations(VARIANTS, 2))
+@pytest.mark.parametrize("one,other", list(itertools.combinations(VARIANTS, 2)))
 def test_shapes_variants_differ_in_norm_and_convolution_lines_alone(one, other):
     left, right = (flatten(load_config(CONFIGS[name])) for name in (one, other))
     differ = {key for key in left.keys() | right.keys() if left.get(key) != right.get(key)}
@@ -154,6 +154,25 @@ def test_a_key_that_is_new_since_the_record_counts_as_its_default():
     assert matching(run, [{"settings": older}])
     del older["MODEL.RESNETS.NORM"]  # its default is another value than the run's
     assert not matching(run, [{"settings": older}])
+
+
+def test_other_weights_of_one_name_make_another_run(tmp_path):
+    weights = tmp_path / "model.pth"
+    configs, opts = {"gn": CONFIGS["gn"]}, ["MODEL.WEIGHTS", str(weights)]
+    (absent,) = make_plan(configs, opts=opts)
+    weights.write_bytes(b"a classifier")
+    (run,) = make_plan(configs, opts=opts)
+    record = {"settings": run.settings}
+    assert run.name != absent.name  # the folder in which an interrupted run goes on
+    assert matching(run, [record]) is record
+    # A report of records alone needs no weights, and older records do not know their content.
+    assert matching(absent, [record]) is record
+    assert matching(run, [{"settings": absent.settings}])
+    weights.write_bytes(b"another one")
+    (other,) = make_plan(configs, opts=opts)
+    assert matching(other, [record]) is None
+    (elsewhere,) = make_plan(configs, opts=["MODEL.WEIGHTS", "elsewhere.pth"])
+    assert matching(elsewhere, [record]) is None
 
 
 def test_labels():

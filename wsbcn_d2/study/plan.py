@@ -1,5 +1,6 @@
 """Which runs a study consists of, and what makes two of them the same run."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -11,13 +12,16 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
+from ..checkpoint.reader import file_sha256
 from ..config import get_cfg
 from ..engine import UsageError, load_config
 
-__all__ = ["FIRST_BATCH", "Run", "default_of", "flatten", "label_configs", "make_plan"]
+__all__ = ["FIRST_BATCH", "WEIGHTS", "Run", "default_of", "flatten", "label_configs", "make_plan"]
 
-# Stands beside the config's keys in a run's settings; a study's option, not the product's.
+# These stand beside the config's keys in a run's settings. A study's option, not the product's:
 FIRST_BATCH = "study.first_batch_init"
+# Content of the file that MODEL.WEIGHTS names, where that is a file here.
+WEIGHTS = "study.weights_sha256"
 # Where a run leaves things and how it is watched, not what it computes.
 _IGNORED = {
     "OUTPUT_DIR",
@@ -148,6 +152,11 @@ def _schedule(cfg: CfgNode, max_iter: int | None, evaluations: int, images: int)
     return cfg
 
 
+@functools.cache
+def _sha256(path: str, modified_ns: int) -> str:  # once per file, not once per run
+    return file_sha256(path)
+
+
 def _make_run(label, path, opts, images, seed, first_batch_init, schedule) -> Run:
     cfg = load_config(path, opts)
     cfg.defrost()
@@ -161,6 +170,9 @@ def _make_run(label, path, opts, images, seed, first_batch_init, schedule) -> Ru
     first_batch_init = first_batch_init or not estimated  # no difference where none are
     if not first_batch_init:
         settings[FIRST_BATCH] = False
+    if os.path.isfile(cfg.MODEL.WEIGHTS):
+        weights = cfg.MODEL.WEIGHTS
+        settings[WEIGHTS] = _sha256(weights, os.stat(weights).st_mtime_ns)
     overrides = [*opts, *(str(part) for pair in scaled for part in pair)]
     return Run(label, str(path), tuple(overrides), settings, first_batch_init)
 

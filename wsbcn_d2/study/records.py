@@ -17,7 +17,7 @@ import torch
 
 from ..engine.evaluation import has_compiled_ops
 from ..engine.visualize import read_metrics
-from .plan import Run, default_of
+from .plan import WEIGHTS, Run, default_of
 
 __all__ = ["find_records", "make_record", "matching", "write_record"]
 
@@ -29,14 +29,18 @@ def matching(run: Run, records: Iterable[dict]) -> dict | None:
     """The record of a run, if there is one: that with the same settings.
 
     A key that one side lacks has its default there: keys that are new since a record was
-    written, and Detectron2's versions, do not make finished runs unfinished.
+    written, and Detectron2's versions, do not make finished runs unfinished. Pre-trained weights
+    that are not here, or were not known to the record, count as the same.
     """
     for record in records:
         theirs = record["settings"]
-        if all(
-            theirs.get(key, default_of(key)) == run.settings.get(key, default_of(key))
+        differ = {
+            key
             for key in theirs.keys() | run.settings.keys()
-        ):
+            if theirs.get(key, default_of(key)) != run.settings.get(key, default_of(key))
+        }
+        unknown = {WEIGHTS} - (theirs.keys() & run.settings.keys())
+        if not differ - unknown:
             return record
     return None
 
