@@ -92,6 +92,10 @@ def _losses(model, batch):
         return model(batch)
 
 
+def _most_batches(state_dict):
+    return max(int(v) for k, v in state_dict.items() if k.endswith("bn.num_batches_tracked"))
+
+
 def test_twins_are_one_model_and_train(twins):
     name, cfg, lazy_cfg = twins
     model, lazy_model = build_model(cfg), instantiate(lazy_cfg.model)
@@ -115,11 +119,15 @@ def test_twins_are_one_model_and_train(twins):
     moved = [n for n, p in trainer.model.named_parameters() if not torch.equal(p, start[n])]
     assert {n.split(".")[0] for n in moved} == {n.split(".")[0] for n in start}
 
+    lazy_cfg.train.bcn.first_batch_init = False
     assert set(lazy.train(lazy_cfg)) == tasks
     output = lazy_cfg.train.output_dir
     saved = torch.load(f"{output}/model_final.pth", weights_only=False)
     assert saved["iteration"] == 3
     assert set(saved["model"]) == set(model.state_dict())
+    if "bcn" in name:  # four steps; where the first does not set the estimates, one more is counted
+        assert _most_batches(trainer.model.state_dict()) == 4
+        assert _most_batches(saved["model"]) == 5
     assert all(torch.isfinite(torch.as_tensor(value)).all() for value in saved["model"].values())
 
 

@@ -33,8 +33,8 @@ thresholds save page faults, a sixth of each step:
         --sweep MODEL.BCN.UPDATE_RATE 0.1 0.01 --output output/rates_bcn
     tools/compare.py $common --variants bcn_ws --seeds 1 2 \\
         --sweep MODEL.BCN.UPDATE_RATE 0.1 --output output/rates_2000
-    tools/compare.py $scratch --variants bcn_ws --seeds 1 --first-batch-init on off \\
-        --output output/first_batch
+    tools/compare.py $scratch --variants bcn_ws --seeds 1 2 3 \\
+        --sweep MODEL.BCN.FIRST_BATCH_INIT True False --output output/first_batch
     tools/compare.py $scratch --variants gn gn_ws bcn_ws --seeds 1 \\
         --sweep SOLVER.BASE_LR 0.01 0.02 0.04 --output output/learning_rates
     tools/compare.py $scratch --variants bcn_ws --seeds 1 \\
@@ -98,13 +98,6 @@ def parse(argv):
         help="KEY VALUE VALUE ...: a variant per value; again for another key: every combination",
     )
     parser.add_argument(
-        "--first-batch-init",
-        nargs="+",
-        choices=("on", "off"),
-        default=["on"],
-        help="off: running estimates start from mean 0, variance 1",
-    )
-    parser.add_argument(
         "--monitor-period", type=int, default=100, help="iterations; 0: no channel monitor"
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
@@ -148,7 +141,6 @@ def plan(args):
         images_per_step=args.images_per_step,
         seeds=args.seeds,
         sweeps=[(sweep[0], sweep[1:]) for sweep in args.sweep],
-        first_batch_init=[word == "on" for word in args.first_batch_init],
         max_iter=args.max_iter,
         evaluations=args.evaluations,
         opts=opts,

@@ -24,6 +24,7 @@ from .layers import (
     WSConv2d,
     register_norms,
     set_update_rate,
+    skip_first_batch_init,
     standardize_weight,
     unregister_norms,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "get_cfg",
     "register_norms",
     "set_update_rate",
+    "skip_first_batch_init",
     "standardize_weight",
     "unregister_norms",
 ]

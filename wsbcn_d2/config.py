@@ -35,6 +35,9 @@ def add_wsbcn_config(cfg: CfgNode) -> None:
     cfg.MODEL.BCN.UPDATE_RATE = DEFAULT_UPDATE_RATE
     # "constant", or "lr": the rate follows the learning rate's factor (lr / base lr).
     cfg.MODEL.BCN.UPDATE_RATE_SCHEDULE = "constant"
+    # Whether the first batch sets the estimates that nothing was loaded for; else they start from
+    # mean 0 and variance 1.
+    cfg.MODEL.BCN.FIRST_BATCH_INIT = True
     # Average the running estimates over all processes after every step.
     cfg.MODEL.BCN.SYNC_ESTIMATES = True
     # Every how many iterations to log how close the channels of all norms, whatever their kind,

@@ -142,16 +142,28 @@ def test_hooks_of_the_trainer(tiny_options, tmp_path, sync):
         assert not sync or kinds.index(EstimateSync) < kinds.index(later)
 
 
+# A stock backbone and stock heads: their builders know nothing of BCN's keys, the trainer does.
+STOCK_PARTS = [
+    *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
+    *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"),
+    *("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
+]
+
+
 def test_the_update_rate_of_the_config_is_that_of_training(tiny_options):
     options = ["MODEL.BCN.UPDATE_RATE", "0.25", "SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()"]
-    # A stock backbone and stock heads: the builders know nothing of the rate, the hook does.
-    options += ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"]
-    options += ["MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead"]
-    options += ["MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"]
-    trainer = Trainer(load_config(CONFIG, [*tiny_options, *options]))
+    trainer = Trainer(load_config(CONFIG, [*tiny_options, *options, *STOCK_PARTS]))
     trainer.train()
     norms = [m for m in trainer.model.modules() if isinstance(m, EstimatedBatchNorm2d)]
     assert norms and {norm.momentum for norm in norms} == {0.25}
+
+
+@pytest.mark.parametrize("init", [True, False])
+def test_first_batch_initialisation_is_the_configs(tiny_options, init):
+    options = ["MODEL.BCN.FIRST_BATCH_INIT", str(init), *STOCK_PARTS]
+    trainer = Trainer(load_config(CONFIG, [*tiny_options, *options]))
+    norms = [m for m in trainer.model.modules() if isinstance(m, EstimatedBatchNorm2d)]
+    assert norms and {int(norm.num_batches_tracked) for norm in norms} == {0 if init else 1}
 
 
 DRIVER = """

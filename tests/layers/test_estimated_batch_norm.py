@@ -10,7 +10,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 from torch.testing import assert_close
 
-from wsbcn_d2 import EstimatedBatchNorm2d, set_update_rate
+from wsbcn_d2 import EstimatedBatchNorm2d, set_update_rate, skip_first_batch_init
 
 CHANNELS = 5
 
@@ -77,6 +77,22 @@ def test_the_first_batch_sets_the_estimates_and_the_second_moves_them():
     norm(second.float())
     moved = reference.moments(second)[0]
     assert_close(norm.running_mean, (mean + 0.01 * (moved - mean)).float())
+
+
+def test_skipping_the_first_batch_init_moves_from_mean_0_and_variance_1():
+    norm, started = make(rate=0.01), make(rate=0.01)
+    first, second = batches(2)
+    started(second.float())
+    before = started.running_mean.clone()
+    model = nn.Sequential(norm, nn.Sequential(started), nn.BatchNorm2d(4))
+    assert skip_first_batch_init(model) is model
+    assert [int(m.num_batches_tracked) for m in (norm, started, model[2])] == [1, 1, 0]
+    norm(first.float())
+    mean, _ = reference.moments(first)
+    around_zero = (first**2).mean(dim=(0, 2, 3))
+    assert_close(norm.running_mean, 0.01 * mean.float())
+    assert_close(norm.running_var, (1 + 0.01 * (around_zero - 1)).float())
+    assert torch.equal(started.running_mean, before)  # it has an estimate to go on from
 
 
 def test_the_variance_is_taken_around_the_old_mean():

@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TINY
-from wsbcn_d2 import EstimatedBatchNorm2d
-from wsbcn_d2.engine import Trainer
 from wsbcn_d2.study import find_records, write_record
-from wsbcn_d2.study.child import hardware, skip_first_batch_init
+from wsbcn_d2.study.child import hardware
 
 from .helpers import TOOL, load_tool, make_record
 
@@ -62,21 +60,6 @@ def test_a_report_from_records_of_another_machine(compare, tmp_path, monkeypatch
     said = capsys.readouterr().out
     assert "4 runs, 3 of them finished already" in said and "| gn | 1 | 10.0 ± 0.0 |" in said
     assert "bcn_1img_seed2" in (tmp_path / "here" / "report.html").read_text()  # not run yet
-
-
-def test_first_batch_initialisation_can_be_switched_off(tiny_cfg):
-    def counts():
-        model = Trainer.build_model(tiny_cfg())
-        norms = [m for m in model.modules() if isinstance(m, EstimatedBatchNorm2d)]
-        return {int(norm.num_batches_tracked) for norm in norms}
-
-    assert counts() == {0}
-    try:
-        skip_first_batch_init()
-        assert counts() == {1}
-    finally:
-        del Trainer.build_model  # the parent's shows again
-    assert counts() == {0}
 
 
 def test_hardware_is_one_line():

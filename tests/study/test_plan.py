@@ -97,18 +97,15 @@ def test_the_overrides_make_the_config_that_the_settings_describe():
 def test_sweeps_multiply_where_they_have_an_effect():
     keys = [
         ("MODEL.BCN.UPDATE_RATE", ["0.1", "0.01"]),
-        ("MODEL.BCN.UPDATE_RATE_SCHEDULE", ["constant", "lr"]),
+        ("MODEL.BCN.FIRST_BATCH_INIT", ["True", "False"]),
     ]
-    runs = make_plan(
-        {k: CONFIGS[k] for k in ("gn", "bcn_ws")}, sweeps=keys, first_batch_init=[True, False]
-    )
+    runs = make_plan({k: CONFIGS[k] for k in ("gn", "bcn_ws")}, sweeps=keys)
     labels = [run.variant for run in runs]
-    assert len([label for label in labels if label.startswith("bcn_ws")]) == 2 * 2 * 2
-    assert "bcn_ws UPDATE_RATE=0.1 UPDATE_RATE_SCHEDULE=lr no-first-batch-init" in labels
+    assert len([label for label in labels if label.startswith("bcn_ws")]) == 2 * 2
+    assert "bcn_ws UPDATE_RATE=0.1 FIRST_BATCH_INIT=False" in labels
     assert len([label for label in labels if label.startswith("gn")]) == 1  # it has no estimates
-    off = [run for run in runs if not run.first_batch_init]
-    assert len(off) == 4
-    assert all(run.settings["study.first_batch_init"] is False for run in off)
+    found = {run.settings.get("MODEL.BCN.FIRST_BATCH_INIT") for run in runs}
+    assert found == {None, True, False}
 
 
 def test_moving_a_default_of_bcn_leaves_gn_runs_finished(monkeypatch):

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..checkpoint import WSBCNCheckpointer
-from ..layers import DEFAULT_UPDATE_RATE
+from ..layers import DEFAULT_UPDATE_RATE, skip_first_batch_init
 from .config import UsageError, check_batch, check_datasets, check_weights, one_line
 from .hooks import EstimateSync, UpdateRateSchedule
 
@@ -213,6 +213,8 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict:
     """
     cfg = auto_scale(copy.deepcopy(cfg), comm.get_world_size())  # a model is put into it below
     model = instantiate(cfg.model).to(cfg.train.device)
+    if not cfg.train.get("bcn", {}).get("first_batch_init", True):
+        skip_first_batch_init(model)
     logging.getLogger(__name__).info(f"Model:\n{model}")
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)

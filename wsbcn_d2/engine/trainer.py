@@ -13,9 +13,11 @@ from detectron2.data import build_detection_test_loader, build_detection_train_l
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, defaults, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
+from torch import nn
 
 from ..checkpoint import CheckpointError, LoadExpectation, WSBCNCheckpointer
 from ..data import classification_mapper, classification_test_loader
+from ..layers import skip_first_batch_init
 from .accumulate import accumulate
 from .evaluation import build_evaluator
 from .hooks import EstimateSync, UpdateRateSchedule
@@ -44,6 +46,12 @@ class Trainer(DefaultTrainer):
         with _ddp_for(cfg.MODEL.DEVICE):
             super().__init__(cfg)
         accumulate(self._trainer, cfg.SOLVER.ACCUMULATE)
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Detectron2's model, its running estimates prepared as the config says."""
+        model = super().build_model(cfg)
+        return model if cfg.MODEL.BCN.FIRST_BATCH_INIT else skip_first_batch_init(model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):

@@ -5,6 +5,7 @@ from .estimated_batch_norm import (
     DEFAULT_UPDATE_RATE,
     EstimatedBatchNorm2d,
     set_update_rate,
+    skip_first_batch_init,
     update_estimates,
 )
 from .norm import NORM_REGISTRY, register_norms, unregister_norms
@@ -27,6 +28,7 @@ __all__ = [
     "normalize_weight",
     "register_norms",
     "set_update_rate",
+    "skip_first_batch_init",
     "standardize_once",
     "standardize_weight",
     "unregister_norms",

@@ -6,7 +6,8 @@ https://github.com/joe-siyuan-qiao/Batch-Channel-Normalization (README).
 Deviations from the released code:
   * The update rate is a Python float that starts at 0.01, not a buffer that starts at 0 (with
     which the estimates never move) and is read with ``.item()`` in every forward.
-  * The first batch sets the estimates outright, instead of blending it into mean 0, variance 1.
+  * The first batch sets the estimates outright, instead of blending it into mean 0, variance 1;
+    :func:`skip_first_batch_init` brings that back.
   * Empty, NaN and Inf batches, and a frozen affine, leave the estimates alone.
   * Arithmetic and estimates are float32 whatever the type of the input.
 """
@@ -15,7 +16,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-__all__ = ["DEFAULT_UPDATE_RATE", "EstimatedBatchNorm2d", "set_update_rate", "update_estimates"]
+__all__ = [
+    "DEFAULT_UPDATE_RATE",
+    "EstimatedBatchNorm2d",
+    "set_update_rate",
+    "skip_first_batch_init",
+    "update_estimates",
+]
 
 # The paper and its released code name no rate; what was measured stands in the README.
 DEFAULT_UPDATE_RATE = 0.01
@@ -190,4 +197,23 @@ def set_update_rate(module: nn.Module, rate: float) -> nn.Module:
     for child in module.modules():
         if isinstance(child, EstimatedBatchNorm2d):
             child.momentum = rate
+    return module
+
+
+@torch.no_grad()
+def skip_first_batch_init(module: nn.Module) -> nn.Module:
+    """Let new running estimates start from mean 0 and variance 1, as the released code does.
+
+    Every :class:`EstimatedBatchNorm2d` within that has seen no batch counts one, so that its first
+    batch moves the estimates by the update rate instead of setting them. Others are left alone.
+
+    Args:
+        module: any module.
+
+    Returns:
+        ``module``.
+    """
+    for child in module.modules():
+        if isinstance(child, EstimatedBatchNorm2d):
+            child.num_batches_tracked.clamp_(min=1)
     return module

@@ -3,8 +3,8 @@
     python -m wsbcn_d2.study.child --script tools/train_net.py [options] -- ARGUMENTS OF THE SCRIPT
 
 Runs the script as it is. Around it: ends when the study ends, imports the modules that register
-datasets, can switch the first-batch initialisation of running estimates off, draws predictions
-afterwards, and notes wall time, memory and hardware in ``sessions.jsonl``.
+datasets, draws predictions afterwards, and notes wall time, memory and hardware in
+``sessions.jsonl``.
 """
 
 import argparse
@@ -23,10 +23,9 @@ from pathlib import Path
 
 import torch
 
-from ..engine import Trainer, load_config
-from ..layers import EstimatedBatchNorm2d
+from ..engine import load_config
 
-__all__ = ["hardware", "main", "skip_first_batch_init"]
+__all__ = ["hardware", "main"]
 
 
 def end_with_parent(parent: int) -> None:
@@ -46,24 +45,6 @@ def end_with_parent(parent: int) -> None:
 
 def _leave(signum, frame):
     sys.exit(128 + signum)  # unlike the default action, lets this session be noted
-
-
-def skip_first_batch_init() -> None:
-    """Let running estimates start from mean 0 and variance 1, as the released BCN code does.
-
-    The layers set their estimates outright when they have counted no batch; a count of 1 from the
-    start keeps them from it. There is no config key for this on purpose: only a study asks for it.
-    """
-    build = Trainer.build_model.__func__
-
-    def build_model(cls, cfg):
-        model = build(cls, cfg)
-        for module in model.modules():
-            if isinstance(module, EstimatedBatchNorm2d):
-                module.num_batches_tracked.fill_(1)
-        return model
-
-    Trainer.build_model = classmethod(build_model)
 
 
 def hardware() -> str:
@@ -105,7 +86,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--script", required=True)
     parser.add_argument("--parent", type=int)
     parser.add_argument("--import", dest="modules", action="append", default=[])
-    parser.add_argument("--no-first-batch-init", action="store_true")
     parser.add_argument("--pictures", type=int, default=0)
     parser.add_argument("--config-file", required=True)
     parser.add_argument("--folder", required=True)
@@ -116,8 +96,6 @@ def main(argv: list[str]) -> int:
     sys.path.insert(0, os.getcwd())
     for name in args.modules:
         importlib.import_module(name)
-    if args.no_first_batch_init:
-        skip_first_batch_init()
     folder = Path(args.folder)
     folder.mkdir(parents=True, exist_ok=True)
     opts += ["OUTPUT_DIR", str(folder)]

@@ -16,11 +16,10 @@ from ..checkpoint.reader import file_sha256
 from ..config import get_cfg
 from ..engine import UsageError, load_config
 
-__all__ = ["FIRST_BATCH", "WEIGHTS", "Run", "default_of", "flatten", "label_configs", "make_plan"]
+__all__ = ["WEIGHTS", "Run", "default_of", "flatten", "label_configs", "make_plan"]
 
-# These stand beside the config's keys in a run's settings. A study's option, not the product's:
-FIRST_BATCH = "study.first_batch_init"
-# Content of the file that MODEL.WEIGHTS names, where that is a file here.
+# Beside the config's keys in a run's settings: content of the file that MODEL.WEIGHTS names, where
+# that is a file here.
 WEIGHTS = "study.weights_sha256"
 # Where a run leaves things and how it is watched, not what it computes.
 _IGNORED = {
@@ -45,14 +44,12 @@ class Run:
         overrides: ``KEY VALUE`` pairs that make the config file into this run's config.
         settings: the effective config where it differs from the defaults, with the options of WS
             and BCN where they have an effect. Two runs with equal settings are the same.
-        first_batch_init: whether the first batch sets running estimates outright.
     """
 
     variant: str
     config_file: str
     overrides: tuple[str, ...]
     settings: dict = field(hash=False)
-    first_batch_init: bool = True
 
     @property
     def seed(self) -> int:
@@ -93,7 +90,7 @@ _defaults = flatten(get_cfg())
 
 def default_of(key: str):
     """Default value of a key, None for one that does not exist."""
-    return True if key == FIRST_BATCH else _defaults.get(key)
+    return _defaults.get(key)
 
 
 def _settings(cfg: CfgNode) -> dict:
@@ -157,7 +154,7 @@ def _sha256(path: str, modified_ns: int) -> str:  # once per file, not once per 
     return file_sha256(path)
 
 
-def _make_run(label, path, opts, images, seed, first_batch_init, schedule) -> Run:
+def _make_run(label, path, opts, images, seed, schedule) -> Run:
     cfg = load_config(path, opts)
     cfg.defrost()
     cfg = _schedule(cfg, images=images or cfg.SOLVER.IMS_PER_BATCH, **schedule)
@@ -166,15 +163,11 @@ def _make_run(label, path, opts, images, seed, first_batch_init, schedule) -> Ru
     scaled += [("SOLVER.REFERENCE_WORLD_SIZE", 0), ("TEST.EVAL_PERIOD", cfg.TEST.EVAL_PERIOD)]
     scaled.append(("SEED", seed))
     settings = _settings(cfg)
-    estimated = "MODEL.BCN.UPDATE_RATE" in settings
-    first_batch_init = first_batch_init or not estimated  # no difference where none are
-    if not first_batch_init:
-        settings[FIRST_BATCH] = False
     if os.path.isfile(cfg.MODEL.WEIGHTS):
         weights = cfg.MODEL.WEIGHTS
         settings[WEIGHTS] = _sha256(weights, os.stat(weights).st_mtime_ns)
     overrides = [*opts, *(str(part) for pair in scaled for part in pair)]
-    return Run(label, str(path), tuple(overrides), settings, first_batch_init)
+    return Run(label, str(path), tuple(overrides), settings)
 
 
 def make_plan(
@@ -183,7 +176,6 @@ def make_plan(
     images_per_step: Sequence[int] = (),
     seeds: Sequence[int] = (1,),
     sweeps: Iterable[tuple[str, Sequence[str]]] = (),
-    first_batch_init: Sequence[bool] = (True,),
     max_iter: int | None = None,
     evaluations: int = 5,
     opts: Sequence[str] = (),
@@ -196,7 +188,6 @@ def make_plan(
             follow by the linear rule.
         seeds: values of ``SEED``.
         sweeps: (key, values) pairs; every combination of values makes a variant.
-        first_batch_init: one or both; ``False`` only makes runs of configs with estimates.
         max_iter: iterations at the config's own images per step; the whole schedule shrinks or
             grows with it.
         evaluations: points of the AP curves, the last at the end.
@@ -221,8 +212,6 @@ def make_plan(
                 swept = [(key, value) for (key, _), value in zip(sweeps, values, strict=True)]
                 name = " ".join([label, *(f"{k.split('.')[-1]}={v}" for k, v in swept)])
                 options = [*opts, *(part for pair in swept for part in pair)]
-                for init in first_batch_init:
-                    suffix = "" if init else " no-first-batch-init"
-                    run = _make_run(name + suffix, path, options, images, seed, init, schedule)
-                    runs.setdefault(run.digest, run)
+                run = _make_run(name, path, options, images, seed, schedule)
+                runs.setdefault(run.digest, run)
     return list(runs.values())

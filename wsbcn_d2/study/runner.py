@@ -41,16 +41,13 @@ def child_command(
     command += ["--folder", str(folder), "--pictures", str(pictures)]
     for name in modules:
         command += ["--import", name]
-    if not run.first_batch_init:
-        command.append("--no-first-batch-init")
     return [*command, "--", *run.overrides]
 
 
 def repeat_command(run: Run, script: str) -> str:
     """For the record: how to do this one run by hand."""
-    note = "" if run.first_batch_init else "  # and first-batch initialisation off"
     parts = ["python", script, "--config-file", run.config_file, *run.overrides]
-    return " ".join(f'"{p}"' if set(p) & set(" ()") else p for p in parts) + note
+    return " ".join(f'"{p}"' if set(p) & set(" ()") else p for p in parts)
 
 
 class _Process:

@@ -98,7 +98,12 @@ def train_options(*, weights, max_iter, precise_bn):
         eval_period=0,
         log_period=20,
         precise_bn=dict(enabled=precise_bn, num_iter=200),
-        bcn=dict(update_rate=0.01, update_rate_schedule="constant", sync_estimates=True),
+        bcn=dict(
+            update_rate=0.01,
+            update_rate_schedule="constant",
+            first_batch_init=True,
+            sync_estimates=True,
+        ),
         device="cuda",
         seed=-1,
     )
