@@ -22,19 +22,24 @@ thresholds save page faults, a sixth of each step:
     common="--evaluations 3 --jobs 2 --records configs/shapes/results/records"
     scratch="$common --max-iter 1200"
     tools/compare.py $scratch --images-per-step 1 2 --seeds 1 2 3 --output output/study
+    tools/compare.py $common --variants gn_ws bcn_ws --seeds 1 2 3 --output output/long
     tools/compare.py $scratch --variants bcn_ws --seeds 1 \\
         --sweep MODEL.BCN.UPDATE_RATE 0.1 0.03 0.01 0.003 0.001 --output output/rates
     tools/compare.py $scratch --variants bcn_ws --seeds 1 \\
-        --sweep MODEL.BCN.UPDATE_RATE 0.1 0.03 0.01 0.003 --output output/rates_lr \\
+        --sweep MODEL.BCN.UPDATE_RATE 0.1 0.03 0.01 0.003 0.001 --output output/rates_lr \\
         MODEL.BCN.UPDATE_RATE_SCHEDULE lr
     tools/compare.py $scratch --variants bcn_ws --seeds 1 2 3 \\
         --sweep MODEL.BCN.UPDATE_RATE 0.1 0.01 --output output/rates_seeds
     tools/compare.py $scratch --variants bcn --seeds 1 \\
         --sweep MODEL.BCN.UPDATE_RATE 0.1 0.01 --output output/rates_bcn
     tools/compare.py $common --variants bcn_ws --seeds 1 2 \\
-        --sweep MODEL.BCN.UPDATE_RATE 0.1 --output output/rates_2000
+        --sweep MODEL.BCN.UPDATE_RATE 0.1 0.01 --output output/rates_2000
     tools/compare.py $scratch --variants bcn_ws --seeds 1 2 3 \\
         --sweep MODEL.BCN.FIRST_BATCH_INIT True False --output output/first_batch
+    tools/compare.py $common --variants bcn_ws --seeds 1 2 3 \\
+        --sweep MODEL.BCN.FIRST_BATCH_INIT True False --output output/first_batch_2000
+    tools/compare.py $scratch --variants bcn --seeds 1 \\
+        --sweep MODEL.BCN.FIRST_BATCH_INIT True False --output output/first_batch_bcn
     tools/compare.py $scratch --variants gn gn_ws bcn_ws --seeds 1 \\
         --sweep SOLVER.BASE_LR 0.01 0.02 0.04 --output output/learning_rates
     tools/compare.py $scratch --variants bcn_ws --seeds 1 \\
