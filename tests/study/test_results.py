@@ -12,6 +12,7 @@ from .helpers import load_tool
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "configs" / "shapes" / "results"
 COMPARE = load_tool()
+AP = ("bbox", "segm")
 
 
 def documented_studies():
@@ -48,15 +49,29 @@ def test_the_command_makes_the_committed_table(name, tmp_path, monkeypatch, caps
     assert (tmp_path / "results.md").read_text() in capsys.readouterr().out
 
 
+def intervals(name):
+    """Variant and ``mean +- half width`` of each row of a committed table, box AP first."""
+    with (RESULTS / f"{name}.csv").open() as file:
+        for row in csv.DictReader(file):
+            means = [(float(row[f"{t}_ap_mean"]), float(row[f"{t}_ap_ci95"])) for t in AP]
+            yield row["variant"], [f"{mean:.1f} +- {half:.1f}" for mean, half in means]
+
+
 def test_the_readme_has_the_tables_numbers():
     readme = (ROOT / "README.md").read_text()
     names = {"bn": "BN", "gn": "GN", "gn_ws": "GN+WS", "bcn": "BCN", "bcn_ws": "BCN+WS"}
     cells: dict[str, list[str]] = {}
-    with (RESULTS / "study.csv").open() as file:
-        for row in csv.DictReader(file):  # one image per step, then two
-            for task in ("bbox", "segm"):
-                mean, half = (float(row[f"{task}_ap_{what}"]) for what in ("mean", "ci95"))
-                cells.setdefault(row["variant"], []).append(f"{mean:.1f} +- {half:.1f}")
+    for variant, numbers in intervals("study"):  # one image per step, then two
+        cells.setdefault(variant, []).extend(numbers)
     assert cells.keys() == names.keys()
     for variant, numbers in cells.items():
         assert f"| {names[variant]} | " + " | ".join(numbers) + " |" in readme
+
+
+@pytest.mark.parametrize(
+    "name", ["long", "rates_seeds", "first_batch", "first_batch_2000", "finetune"]
+)
+def test_the_page_of_results_has_the_tables_numbers(name):
+    page = (RESULTS / "README.md").read_text()
+    for _, numbers in intervals(name):
+        assert all(number in page for number in numbers)
