@@ -15,13 +15,21 @@ rate and half the iterations, so every run sees the same images. --max-iter resi
 schedule; overrides (KEY VALUE ...) and --max-iter are meant for the config's own images per step.
 
 The study of this project; what came out is in configs/shapes/results. Runs that have a record there
-are taken from it; without --records, two CPU cores need about 8 minutes per pair of runs. glibc's
-thresholds save page faults, a sixth of each step:
+are taken from it (of two, from the first folder named); without --records, two CPU cores need about
+8 minutes per pair of runs. glibc's thresholds save page faults, a sixth of each step:
 
     export MALLOC_MMAP_THRESHOLD_=2147483648 MALLOC_TRIM_THRESHOLD_=8589934592
-    common="--evaluations 3 --jobs 2 --records configs/shapes/results/records"
+    results="configs/shapes/results"
+    common="--evaluations 3 --jobs 2 --records $results/records_again $results/records"
     scratch="$common --max-iter 1200"
-    tools/compare.py $scratch --images-per-step 1 2 --seeds 1 2 3 --output output/study
+    first="--evaluations 3 --jobs 2 --max-iter 1200 --records $results/records"
+    tools/compare.py $first --images-per-step 1 2 --seeds 1 2 3 --output output/study
+    tools/compare.py $first --variants bcn_ws --seeds 1 \\
+        --sweep MODEL.WS.KIND ws wn cwn none --output output/kinds
+
+The rest ran on another machine, and is compared with rows that were trained there a second time:
+
+    tools/compare.py $scratch --variants gn_ws bcn_ws --seeds 1 2 3 --output output/again
     tools/compare.py $common --variants gn_ws bcn_ws --seeds 1 2 3 --output output/long
     tools/compare.py $scratch --variants bcn_ws --seeds 1 \\
         --sweep MODEL.BCN.UPDATE_RATE 0.1 0.03 0.01 0.003 0.001 --output output/rates
@@ -30,10 +38,10 @@ thresholds save page faults, a sixth of each step:
         MODEL.BCN.UPDATE_RATE_SCHEDULE lr
     tools/compare.py $scratch --variants bcn_ws --seeds 1 2 3 \\
         --sweep MODEL.BCN.UPDATE_RATE 0.1 0.01 --output output/rates_seeds
-    tools/compare.py $scratch --variants bcn --seeds 1 \\
-        --sweep MODEL.BCN.UPDATE_RATE 0.1 0.01 --output output/rates_bcn
     tools/compare.py $common --variants bcn_ws --seeds 1 2 \\
         --sweep MODEL.BCN.UPDATE_RATE 0.1 0.01 --output output/rates_2000
+    tools/compare.py $scratch --variants bcn --seeds 1 \\
+        --sweep MODEL.BCN.UPDATE_RATE 0.1 0.01 --output output/rates_bcn
     tools/compare.py $scratch --variants bcn_ws --seeds 1 2 3 \\
         --sweep MODEL.BCN.FIRST_BATCH_INIT True False --output output/first_batch
     tools/compare.py $common --variants bcn_ws --seeds 1 2 3 \\
@@ -42,8 +50,6 @@ thresholds save page faults, a sixth of each step:
         --sweep MODEL.BCN.FIRST_BATCH_INIT True False --output output/first_batch_bcn
     tools/compare.py $scratch --variants gn gn_ws bcn_ws --seeds 1 \\
         --sweep SOLVER.BASE_LR 0.01 0.02 0.04 --output output/learning_rates
-    tools/compare.py $scratch --variants bcn_ws --seeds 1 \\
-        --sweep MODEL.WS.KIND ws wn cwn none --output output/kinds
 
 Fine-tuning, from two classifiers that are trained first (a record knows weights by their content:
 where these are others than those of the record, the run is done anew):

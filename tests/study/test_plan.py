@@ -196,4 +196,6 @@ def test_records_are_found_and_other_files_are_not(tmp_path):
     (tmp_path / "one" / "list.json").write_text("[]")
     found = find_records(tmp_path / "one", tmp_path / "two", tmp_path / "absent")
     assert [record["seed"] for record in found] == [1, 2]
+    found = find_records(tmp_path / "two", tmp_path / "one")  # the first named, first used
+    assert [record["seed"] for record in found] == [2, 1]
     assert not list(tmp_path.rglob("*.part"))

@@ -52,10 +52,10 @@ def find_records(*folders: str | os.PathLike) -> list[dict]:
         folders: need not exist.
 
     Returns:
-        list[dict]
+        list[dict]: those of earlier folders first, which so take precedence in :func:`matching`.
     """
     records = []
-    for path in sorted(p for folder in folders for p in Path(folder).glob("*.json")):
+    for path in (p for folder in folders for p in sorted(Path(folder).glob("*.json"))):
         try:
             record = json.loads(path.read_text())
         except (OSError, ValueError):
