@@ -95,11 +95,34 @@ def test_wrong_checksum_stops_before_anything_is_unpacked(tmp_path, monkeypatch)
     assert not pip_calls
 
 
-def test_unsafe_member_is_refused(tmp_path):
-    archive = make_sdist(tmp_path / "x.tar.gz", {"../evil.py": "x", "top/detectron2/a.py": ""})
-    with pytest.raises(InstallError, match="unsafe|cannot be unpacked safely"):
+@pytest.fixture(params=["filters", "no filters"])
+def any_tarfile(request, monkeypatch):
+    """Python's module, with the extraction filters of newer versions and without."""
+    if request.param == "no filters":
+        monkeypatch.delattr(tarfile, "data_filter", raising=False)
+
+
+@pytest.mark.usefixtures("any_tarfile")
+def test_unpacking(tmp_path):
+    archive = make_sdist(tmp_path / "x.tar.gz", {"top/detectron2/a.py": "x = 1"})
+    top = wheel.unpack(archive, tmp_path / "out")
+    assert (top / "detectron2/a.py").read_text() == "x = 1"
+
+
+@pytest.mark.usefixtures("any_tarfile")
+@pytest.mark.parametrize("name", ["../evil.py", "top/../../evil.py", "/{}/evil.py", "link"])
+def test_unsafe_member_is_refused(tmp_path, name):
+    name = name.format(tmp_path)
+    archive = tmp_path / "x.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("top/detectron2/a.py"))
+        info = tarfile.TarInfo(name)
+        if name == "link":
+            info.type, info.linkname = tarfile.SYMTYPE, "/etc"
+        tar.addfile(info)
+    with pytest.raises(InstallError, match="cannot be unpacked safely"):
         wheel.unpack(archive, tmp_path / "out")
-    assert not (tmp_path / "evil.py").exists()
+    assert not (tmp_path / "evil.py").exists() and not (tmp_path / "out").exists()
 
 
 def test_other_package_is_refused(tmp_path):

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 SDIST_NAME = "pb1-detectron2"
 SDIST_VERSION = "0.6"
@@ -145,11 +145,16 @@ def verify_sha256(path, expected=SDIST_SHA256):
 
 def unpack(archive, dest):
     """Unpacks the sdist under `dest`, refusing unsafe members; returns its single top folder."""
-    if not hasattr(tarfile, "data_filter"):
-        raise InstallError("this Python's tarfile has no safe extraction; update to its last patch")
+    # Pythons before 3.10.12 and 3.11.4, Debian 12's for one, have no filters.
+    options = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
     try:
         with tarfile.open(archive) as tar:
-            tar.extractall(dest, filter="data")
+            for member in tar:
+                path = PurePosixPath(member.name)
+                plain = member.isfile() or member.isdir()
+                if not plain or path.is_absolute() or ".." in path.parts:
+                    raise tarfile.TarError(f"{member.name} is a link or outside")
+            tar.extractall(dest, **options)
     except tarfile.TarError as err:
         raise InstallError(f"{Path(archive).name} cannot be unpacked safely: {err}") from err
     tops = [p for p in Path(dest).iterdir() if p.is_dir()]
