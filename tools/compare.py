@@ -29,7 +29,7 @@ are taken from it (of two, from the first folder named); without --records, two 
 
 The rest ran on another machine, and is compared with rows that were trained there a second time:
 
-    tools/compare.py $scratch --variants gn_ws bcn_ws --seeds 1 2 3 --output output/again
+    tools/compare.py $scratch --variants gn gn_ws bcn bcn_ws --seeds 1 2 3 --output output/again
     tools/compare.py $common --variants gn_ws bcn_ws --seeds 1 2 3 --output output/long
     tools/compare.py $scratch --variants bcn_ws --seeds 1 \\
         --sweep MODEL.BCN.UPDATE_RATE 0.1 0.03 0.01 0.003 0.001 --output output/rates
