@@ -16,7 +16,7 @@ ALLOWED = {
     "checkpoint": {"layers"},
     "modeling": {"layers"},
     "engine": {"layers", "modeling", "checkpoint", "data", "config"},
-    "study": {"layers", "engine", "config"},
+    "study": {"layers", "checkpoint", "engine", "config"},
 }
 LAYERS_MAY_IMPORT = ("torch", "detectron2.layers", "fvcore.common.registry")
 
