@@ -1,0 +1,107 @@
+"""Writing, locking and progress: whole files, one writer at a time, readable logs."""
+
+import io
+import multiprocessing
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from wsbcn_d2.files import PART_FILE, locked, progress, replacing, take_lock
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def test_a_written_file_replaces_the_old_one_and_leaves_nothing_else(tmp_path):
+    target = tmp_path / "new" / "file"
+    for text in ("first", "second, longer", "3"):
+        with replacing(target) as part, open(part, "w") as stream:
+            stream.write(text)
+            if text != "first":
+                assert target.read_text() != text
+        assert target.read_text() == text
+    assert os.listdir(target.parent) == ["file"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_after_an_error_the_old_file_is_whole_and_the_part_is_gone(tmp_path, error):
+    target = tmp_path / "file"
+    target.write_text("old")
+    with pytest.raises(error), replacing(target) as part:
+        with open(part, "w") as stream:
+            stream.write("half of the ne")
+        raise error
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_a_killed_writer_left_is_taken_over(tmp_path):
+    (tmp_path / PART_FILE).write_bytes(b"x" * 1000)
+    with replacing(tmp_path / "file") as part, open(part, "wb") as stream:
+        stream.write(b"short")
+    assert (tmp_path / "file").read_bytes() == b"short"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_data_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
+    order = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda *a: (order.append("replace"), replace(*a)))
+    with replacing(tmp_path / "file") as part, open(part, "w") as stream:
+        stream.write("text")
+    assert order == ["fsync", "replace"]
+
+
+def write_often(folder, name, times):
+    for i in range(times):
+        with replacing(os.path.join(folder, name)) as part, open(part, "w") as stream:
+            for _ in range(50):
+                stream.write(f"{name}{i};")
+                stream.flush()
+
+
+@pytest.mark.slow
+def test_writers_in_one_folder_do_not_mix(tmp_path):
+    writers = [SPAWN.Process(target=write_often, args=(tmp_path, n, 100)) for n in ("a", "b", "a")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    for name in ("a", "b"):
+        assert (tmp_path / name).read_text() == f"{name}99;" * 50
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def hold(path, seconds, ready):
+    with locked(path):
+        ready.set()
+        time.sleep(seconds)
+
+
+def test_a_lock_is_waited_for_and_patience_ends_in_one_line(tmp_path):
+    path, ready = tmp_path / "lock", SPAWN.Event()
+    holder = SPAWN.Process(target=hold, args=(path, 60, ready))
+    holder.start()
+    assert ready.wait(60)
+    assert take_lock(path, 0.2) is None
+    held = pytest.raises(TimeoutError, match="another process has held .*lock for 0.2 s: wait")
+    with held, locked(path, 0.2):
+        pytest.fail("both hold it")
+    os.kill(holder.pid, signal.SIGKILL)  # a killed process holds nothing
+    with locked(path, 10):
+        pass
+    holder.join()
+
+
+def test_progress_writes_few_lines_into_a_log(monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    for _ in progress(range(1000), desc="looking", file=log):
+        pass
+    lines = log.getvalue().replace("\r", "").splitlines()
+    assert len([line for line in lines if line]) <= 3
+    assert "looking: 100% 1000/1000" in log.getvalue()
