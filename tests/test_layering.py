@@ -45,7 +45,7 @@ def test_nothing_imports_upward(part, path):
 
 
 @pytest.mark.parametrize(
-    "path", sorted((PACKAGE / "layers").glob("*.py")), ids=lambda path: path.stem
+    "path", sorted((PACKAGE / "layers").rglob("*.py")), ids=lambda path: path.stem
 )
 def test_layers_stand_on_torch_and_detectron2_layers_alone(path):
     foreign = {
