@@ -52,6 +52,14 @@ def _hooks() -> tuple | None:
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
+def _repeats() -> bool:
+    if torch._C._current_graph_task_id() != -1:
+        return True
+    # Looking at a saved tensor (as drawers of graphs do) recomputes outside of a backward pass.
+    hooks = _hooks()
+    return hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
+
+
 def _version(bn: nn.Module) -> int:
     return -1 if bn.weight is None or bn.weight.is_inference() else bn.weight._version
 
@@ -103,7 +111,7 @@ def recalled(bn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
-    if torch._C._current_graph_task_id() == -1:
+    if not _repeats():
         return None
     runs = [r for r in bn.__dict__.get("_runs", ()) if r.key.device == x.device]
     if not runs:
