@@ -12,13 +12,14 @@ Deviations from the released code:
 import torch
 from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 
 from .estimated_batch_norm import DEFAULT_UPDATE_RATE, EstimatedBatchNorm2d, check_input
 from .kernels.autograd import fused_bcn
 from .kernels.dispatch import backend_name, bcn_backend
-from .recomputation import recalled, remember
+from .recomputation import recalled, remember, repeats
 
 __all__ = ["BatchChannelNorm2d", "channel_norm"]
 
@@ -135,7 +136,18 @@ class BatchChannelNorm2d(nn.GroupNorm):
             y = self._fused(x)
             if y is not None:
                 return y
-        return channel_norm(self.bn(x), self.num_groups, self.weight, self.bias, self.eps)
+            z = self._batch_half(x)
+        else:
+            z = self.bn(x)
+        return channel_norm(z, self.num_groups, self.weight, self.bias, self.eps)
+
+    @torch.jit.unused
+    def _batch_half(self, x: torch.Tensor) -> torch.Tensor:
+        bn = self.bn
+        if type(bn) is EstimatedBatchNorm2d or not (bn.training and repeats()):
+            return bn(x)
+        # The batch's own moments are the same again, but must not be counted again.
+        return functional_call(bn, {name: t.clone() for name, t in bn.named_buffers()}, (x,))
 
     @property
     def statistics(self) -> str:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-__all__ = ["KEPT", "recalled", "remember"]
+__all__ = ["KEPT", "recalled", "remember", "repeats"]
 
 #: Runs of a layer that may wait for their repetition: micro-batches times levels of a shared head.
 KEPT = 64
@@ -52,7 +52,10 @@ def _hooks() -> tuple | None:
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
-def _repeats() -> bool:
+def repeats() -> bool:
+    """Whether what runs is the repetition of a forward, as far as that can be told."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
     if torch._C._current_graph_task_id() != -1:
         return True
     # Looking at a saved tensor (as drawers of graphs do) recomputes outside of a backward pass.
@@ -109,9 +112,7 @@ def recalled(bn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
         (mean, var), each of shape (C,); None if this is no repetition. For an input that no kept
         run had, the present estimates.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return None
-    if not _repeats():
+    if not repeats():
         return None
     runs = [r for r in bn.__dict__.get("_runs", ()) if r.key.device == x.device]
     if not runs:

@@ -8,6 +8,7 @@ forward (:func:`standardize_once`), its weight is made once, and kept.
 """
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -110,11 +111,12 @@ class ReparametrizedConv2d(Conv2d):
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def __setattr__(self, name, value):
-        # torch.nn.utils.fuse_conv_bn_eval reads the raw weight and, last, gives a bias.
-        if isinstance(value, nn.Parameter) and self._parameters.get(name, value) is None:
+        # Such functions scale the raw weight, which standardization then undoes. They cannot be
+        # told from a user who sets a new weight but by who calls.
+        if name in ("weight", "bias") and "fuse_conv" in sys._getframe(1).f_code.co_name:
             raise ValueError(
-                f"a {type(self).__name__} built without a {name} takes none: to put a norm into "
-                "its weight use wsbcn_d2.fold"
+                f"a {type(self).__name__} cannot take a norm into its weight, which is "
+                "reparametrized at each use: fuse a copy of the model made by wsbcn_d2.fold"
             )
         super().__setattr__(name, value)
 
