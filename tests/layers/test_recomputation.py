@@ -315,6 +315,27 @@ def test_backward_twice_through_one_graph(use_reentrant):
     assert model[0].norm.bn.num_batches_tracked == 1
 
 
+@modes
+@pytest.mark.parametrize("twice", [True, False])
+def test_the_same_input_in_every_step_of_parameters_that_stay(mode, twice):
+    """Kept runs of earlier steps have the same content then."""
+    model = make()
+    twin, x = copy.deepcopy(model), image()
+    for step in range(4):
+        found = []
+        for which, run in ((model, repeated(mode)), (twin, plain)):
+            leaf = x.clone().requires_grad_()
+            if step == 2:
+                run(which, leaf)  # a forward whose backward never comes
+            loss = energy(run(which, leaf))
+            loss.backward(retain_graph=twice)
+            if twice:
+                loss.backward()
+            found.append(leaf.grad)
+        assert_close(found[0], found[1], rtol=1e-9, atol=1e-10)
+    assert_close(dict(model.named_buffers()), dict(twin.named_buffers()), rtol=0, atol=0)
+
+
 def test_second_derivatives():
     model = make()
     twin = copy.deepcopy(model)
