@@ -66,7 +66,7 @@ def packing() -> tuple[int, str] | None:
     if frame is None:
         return None
     name = frame.f_code.co_name
-    return id(frame), "_recomputation_hook" if name == "unpack_hook" else name
+    return id(frame), "_recomputation_hook" if name == "recompute_fn" else name
 
 
 def repeats() -> bool:
