@@ -7,6 +7,7 @@ from .classification import (
     register_classification,
 )
 from .errors import ClassificationDataError, DataError
+from .nuclei import register_nuclei
 from .shapes import (
     GENERATOR_VERSION,
     ShapesDataError,
@@ -33,6 +34,7 @@ __all__ = [
     "default_root",
     "ensure_shapes",
     "register_classification",
+    "register_nuclei",
     "register_shapes",
     "register_shapes_split",
     "render_scene",
@@ -41,3 +43,4 @@ __all__ = [
 
 register_shapes()
 register_classification()
+register_nuclei()
