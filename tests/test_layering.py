@@ -12,11 +12,11 @@ PACKAGE = Path(wsbcn_d2.__file__).parent
 # Sub-package -> sub-packages and modules of this project that it may import.
 ALLOWED = {
     "layers": set(),
-    "data": set(),
+    "data": {"files"},
     "checkpoint": {"layers"},
     "modeling": {"layers"},
     "engine": {"layers", "modeling", "checkpoint", "data", "config"},
-    "study": {"layers", "checkpoint", "engine", "config"},
+    "study": {"layers", "checkpoint", "engine", "config", "files"},
 }
 LAYERS_MAY_IMPORT = ("torch", "detectron2.layers", "fvcore.common.registry")
 

@@ -34,8 +34,8 @@ def register_nuclei(root: str | os.PathLike | None = None) -> None:
             name,
             {
                 "thing_classes": ["nucleus"],
-                "how_to_get": "get stage1_train.zip (BBBC038v1, CC0) of "
-                f"{NUCLEI_SOURCE}, then run tools/prepare_nuclei.py stage1_train.zip",
+                "how_to_get": f"get stage1_train.zip (CC0) from {NUCLEI_SOURCE}, run "
+                "tools/prepare_nuclei.py stage1_train.zip",
             },
             os.path.join(folder, "annotations", f"{split}.json"),
             os.path.join(folder, split),
