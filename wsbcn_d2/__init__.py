@@ -10,7 +10,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "wsbcn_d2 needs Detectron2, which is not importable here: run "
-        "`python tools/install_detectron2.py` from this project's checkout"
+        "`python tools/install/install_detectron2.py` from this project's checkout"
     ) from error
 
 from . import checkpoint as _checkpoint  # noqa: F401  (registers wsbcn:// names)
