@@ -12,7 +12,7 @@ PACKAGE = Path(wsbcn_d2.__file__).parent
 # Sub-package -> sub-packages and modules of this project that it may import.
 ALLOWED = {
     "layers": set(),
-    "data": set(),
+    "data": {"files"},
     "checkpoint": {"layers"},
     "modeling": {"layers"},
     "engine": {"layers", "modeling", "checkpoint", "data", "config"},
