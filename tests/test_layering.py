@@ -1,4 +1,4 @@
-"""How the project is laid out: nothing imports upward or in a circle, and each file says its use."""
+"""How the project is laid out: no imports upward or in a circle, and each file says its use."""
 
 import ast
 import graphlib
