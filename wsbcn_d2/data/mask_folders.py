@@ -87,14 +87,12 @@ class _Files:
             raise DataError(f"{root}: {min(twice)} is in it twice; pack it again")
 
     def read(self, name: str) -> bytes:
+        if self.archive and self.archive.getinfo(name).file_size > _LARGEST_FILE:
+            raise DataError(f"{self.root}: {name} is larger than {_LARGEST_FILE >> 20} MB")
         try:
-            if self.archive is None:
-                return (self.root / name).read_bytes()
-            if self.archive.getinfo(name).file_size > _LARGEST_FILE:
-                raise DataError(
-                    f"{self.root}: {name} unpacks to more than {_LARGEST_FILE >> 20} MB"
-                )
-            return self.archive.read(name)
+            if self.archive:
+                return self.archive.read(name)
+            return (self.root / name).read_bytes()
         # RuntimeError: encrypted, or packed by an unknown method.
         except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
             raise DataError(f"{self.root}: {name} cannot be read: {error}") from error
