@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """After a training run: pictures, curves and a table of AP. Called by tools/demo.sh.
 
-    tools/demo.py --config-file CONFIG OUTPUT_DIR DIR
+tools/demo.py --config-file CONFIG OUTPUT_DIR DIR
 """
 
 import sys

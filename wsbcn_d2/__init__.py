@@ -21,7 +21,7 @@ Where to look, bottom to top; nothing imports from further down this list:
 - which convolutions carry WS: ``wsbcn_d2/modeling/build.py``
 - the format of someone's checkpoint: ``wsbcn_d2/checkpoint/formats.py`` (FORMATS)
 - a published file and where it comes from: ``wsbcn_d2/checkpoint/catalog.py``
-- what is checked when weights are loaded: ``wsbcn_d2/checkpoint/checkpointer.py`` (WSBCNCheckpointer)
+- what is checked at loading: ``wsbcn_d2/checkpoint/checkpointer.py`` (WSBCNCheckpointer)
 - the embedded data set: ``wsbcn_d2/data/shapes.py``
 - a picture's way into a classifier: ``wsbcn_d2/data/classification.py``
 - what is checked before a run: ``wsbcn_d2/engine/config.py`` (check_config)
