@@ -22,8 +22,8 @@ Where to look, bottom to top; nothing imports from further down this list:
 - the format of someone's checkpoint: ``wsbcn_d2/checkpoint/formats.py`` (FORMATS)
 - a published file and where it comes from: ``wsbcn_d2/checkpoint/catalog.py``
 - what is checked at loading: ``wsbcn_d2/checkpoint/checkpointer.py`` (WSBCNCheckpointer)
-- the embedded data set: ``wsbcn_d2/data/shapes.py``
-- a picture's way into a classifier: ``wsbcn_d2/data/classification.py``
+- the embedded data set: ``wsbcn_d2/data/shapes`` (ensure_shapes)
+- a picture's way into a classifier: ``wsbcn_d2/data/classification`` (ClassificationMapper)
 - what is checked before a run: ``wsbcn_d2/engine/config.py`` (check_config)
 - the training from YAML: ``wsbcn_d2/engine/trainer.py`` (Trainer)
 - the training from a Python config: ``wsbcn_d2/engine/lazy.py`` (train)

@@ -165,9 +165,10 @@ def check_datasets(names: Iterable[str], key: str) -> None:
         for field in ("json_file", "image_root"):
             path = metadata.get(field)
             if path and not PathManager.exists(path):
+                how = metadata.get("how_to_get", "get the dataset")
                 raise UsageError(
-                    f"{key}: dataset {name!r} is absent: {os.path.abspath(path)} not found; get "
-                    "the dataset and set DETECTRON2_DATASETS to the folder that holds it"
+                    f"{key}: dataset {name!r} is absent: {os.path.abspath(path)} not found; {how} "
+                    "and set DETECTRON2_DATASETS to the folder that holds it"
                 )
 
 
