@@ -10,7 +10,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.testing import assert_close
 
-from wsbcn_d2.engine.recompute import modules_named, recompute
+from wsbcn_d2.modeling.recomputation import modules_named, recompute
 
 STAGES = ["backbone.bottom_up.res[2345]"]
 HEADS = ["roi_heads.box_head", "roi_heads.mask_head", "proposal_generator"]
