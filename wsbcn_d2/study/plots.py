@@ -31,6 +31,12 @@ def _styles(records: Sequence[dict]) -> dict[str, dict]:
     }
 
 
+def _text(label: str) -> str:
+    """A label as Matplotlib is to show it: no formula, and never left out of the legend."""
+    label = label.replace("$", r"\$")
+    return f" {label}" if label.startswith("_") else label
+
+
 def _axes(rows: int, columns: int, **kwargs):
     figure = Figure(figsize=(5.2 * columns, 3.4 * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
@@ -54,8 +60,8 @@ def _draw(ax, members: Sequence[dict], curves: list, column: int, style: dict, l
     stats = [mean_interval(list(values)) for values in y.T]
     mean = np.array([value for value, _ in stats])
     marker = "o" if count <= 12 else None
-    ax.plot(x, mean, label=label, marker=marker, markersize=3, linewidth=1.5, **style)
-    if len(members) > 1:
+    ax.plot(x, mean, label=_text(label), marker=marker, markersize=3, linewidth=1.5, **style)
+    if min(len(members), len(curves)) > 1:
         half = np.array([half for _, half in stats])
         ax.fill_between(x, mean - half, mean + half, color=style["color"], alpha=0.12, linewidth=0)
 
@@ -98,7 +104,7 @@ def _final_figure(records: Sequence[dict]) -> Figure:
             ax.barh(place, mean, xerr=half, color=color, alpha=0.5, capsize=3)
             dots = [m["final_ap"][task] for m in members]
             ax.plot(dots, [place] * len(dots), ".", color="black", markersize=5)
-        labels = [f"{row.variant}, {row.images_per_step} img" for row in rows]
+        labels = [_text(f"{row.variant}, {row.images_per_step} img") for row in rows]
         ax.set_yticks(range(len(rows)), labels, fontsize="small")
         ax.invert_yaxis()
         ax.set_xlim(left=0)

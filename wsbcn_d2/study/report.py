@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..files import replacing
+from .pairs import compare_pairs, pairs_csv, pairs_markdown, pairs_table
 from .plots import make_figures, save_figures
 from .summary import differences, group, runs_csv, summarize, summary_csv, table, to_markdown
 
@@ -30,6 +32,11 @@ _NOTES = {
     "0 is what batch statistics give. Error of the estimates: against the mean over the last "
     "steps. Means over the norms of each part, from sampled steps.",
 }
+_PAIRED = (
+    "AP at the end, first variant minus second: mean over their common seeds ± half of its 95 % "
+    "interval (Student's t). Shown is what lies outside of its interval; of many differences that "
+    "are none, one in twenty does so by chance."
+)
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1150px; padding: 0 1em;
        color: #222; background: #fff }
@@ -126,7 +133,10 @@ def write_report(
     command: str,
     missing: Sequence[str] = (),
 ) -> Path:
-    """Write report.html, results.md, results.csv, runs.csv and plots/*.png below ``root``.
+    """Write the report and what it is made of below ``root``.
+
+    report.html holds all; results.md the tables of AP and of paired differences, results.csv,
+    pairs.csv and runs.csv the numbers, plots/*.png the figures.
 
     Args:
         records: of finished runs, in the order in which variants are to appear.
@@ -144,13 +154,16 @@ def write_report(
     if not records:
         raise ValueError("no run has finished: nothing to report")
     root = Path(root)
-    rows = summarize(records)
+    rows, pairs = summarize(records), compare_pairs(records)
     parts = [f"<h1>{html.escape(title)}</h1>\n", _table(*table(rows))]
     parts.append(
         '<p class="note">AP: mean ± half of the 95 % interval over seeds (Student\'s t). Learning '
         "rate and iterations follow the images per step by the linear rule, so that every run of "
         "a schedule sees the same images. Step time is the median; memory the peak.</p>\n"
     )
+    if pairs:
+        parts.append(f"<h2>Differences, paired by seed</h2>\n{_table(*pairs_table(pairs))}")
+        parts.append(f'<p class="note">{html.escape(_PAIRED)}</p>\n')
     if missing:
         items = "".join(f"<li>{html.escape(text)}</li>" for text in missing)
         parts.append(f'<p class="failed">Without a result:</p><ul class="failed">{items}</ul>\n')
@@ -165,9 +178,17 @@ def write_report(
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
         f"<body>\n{''.join(parts)}</body></html>\n"
     )
-    (root / "results.md").write_text(to_markdown(rows))
-    (root / "results.csv").write_text(summary_csv(rows))
-    (root / "runs.csv").write_text(runs_csv(records))
-    path = root / "report.html"
-    path.write_text(page)
+    text = to_markdown(rows)
+    if pairs:
+        text += f"\n{pairs_markdown(pairs)}"
+        _write(root / "pairs.csv", pairs_csv(pairs))
+    _write(root / "results.md", text)
+    _write(root / "results.csv", summary_csv(rows))
+    _write(root / "runs.csv", runs_csv(records))
+    return _write(root / "report.html", page)
+
+
+def _write(path: Path, text: str) -> Path:
+    with replacing(path) as part:
+        Path(part).write_text(text)
     return path
