@@ -56,7 +56,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["wsbcn_d2*"]),
-    package_data={"wsbcn_d2.layers": ["*.cpp"]},
+    package_data={"wsbcn_d2.layers.kernels": ["*.cpp"]},
     python_requires=">=3.10",
     install_requires=REQUIRES,
     extras_require={"vis": VIS, "dev": DEV + VIS},
