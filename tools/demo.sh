@@ -4,7 +4,7 @@
 #
 #     ./tools/demo.sh [DIR [KEY VALUE ...]]     default DIR: output/demo
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/install/setup_env.sh"
 setup_env
 cd "$REPO_ROOT"
 

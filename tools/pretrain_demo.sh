@@ -6,7 +6,7 @@
 #
 # KEY VALUE go to both trainings.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/install/setup_env.sh"
 setup_env
 cd "$REPO_ROOT"
 

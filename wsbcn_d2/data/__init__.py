@@ -7,6 +7,7 @@ from .classification import (
     register_classification,
 )
 from .errors import ClassificationDataError, DataError
+from .nuclei import register_nuclei
 from .shapes import (
     CLASSES,
     GENERATOR_VERSION,
@@ -35,6 +36,7 @@ __all__ = [
     "default_root",
     "ensure_shapes",
     "register_classification",
+    "register_nuclei",
     "register_shapes",
     "register_shapes_split",
     "render_scene",
@@ -43,3 +45,4 @@ __all__ = [
 
 register_shapes()
 register_classification()
+register_nuclei()
