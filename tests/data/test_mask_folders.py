@@ -13,11 +13,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
-from wsbcn_d2.engine.checks import check_datasets
 
 from wsbcn_d2.data import DataError, register_nuclei
 from wsbcn_d2.data.mask_folders import prepare_mask_folders
 from wsbcn_d2.engine import UsageError
+from wsbcn_d2.engine.checks import check_datasets
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "prepare_nuclei.py"
 
