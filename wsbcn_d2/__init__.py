@@ -24,7 +24,7 @@ Where to look, bottom to top; nothing imports from further down this list:
 - what is checked at loading: ``wsbcn_d2/checkpoint/checkpointer.py`` (WSBCNCheckpointer)
 - the embedded data set: ``wsbcn_d2/data/shapes`` (ensure_shapes)
 - a picture's way into a classifier: ``wsbcn_d2/data/classification`` (ClassificationMapper)
-- what is checked before a run: ``wsbcn_d2/engine/config.py`` (check_config)
+- what is checked before a run: ``wsbcn_d2/engine/checks.py`` (check_config)
 - the training from YAML: ``wsbcn_d2/engine/trainer.py`` (Trainer)
 - the training from a Python config: ``wsbcn_d2/engine/lazy.py`` (train)
 - a hook: ``wsbcn_d2/engine/hooks.py`` (EstimateSync)

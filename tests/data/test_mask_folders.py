@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 from wsbcn_d2.data import DataError, register_nuclei
 from wsbcn_d2.data.mask_folders import prepare_mask_folders
 from wsbcn_d2.engine import UsageError
-from wsbcn_d2.engine.config import check_datasets
+from wsbcn_d2.engine.checks import check_datasets
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "prepare_nuclei.py"
 

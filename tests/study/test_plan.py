@@ -118,7 +118,7 @@ def test_moving_a_default_of_bcn_leaves_gn_runs_finished(monkeypatch):
         cfg.MODEL.BCN.UPDATE_RATE = 0.005
         return cfg
 
-    monkeypatch.setattr("wsbcn_d2.engine.config.get_cfg", moved)
+    monkeypatch.setattr("wsbcn_d2.config.get_cfg", moved)
     monkeypatch.setattr("wsbcn_d2.study.plan._defaults", flatten(moved()))
     found = {run.variant: matching(run, records) is not None for run in make_plan(configs)}
     assert found == {"gn": True, "bcn_ws": False}
