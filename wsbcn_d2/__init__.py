@@ -28,7 +28,9 @@ Where to look, bottom to top; nothing imports from further down this list:
 - the training from YAML: ``wsbcn_d2/engine/trainer.py`` (Trainer)
 - the training from a Python config: ``wsbcn_d2/engine/lazy.py`` (train)
 - a hook: ``wsbcn_d2/engine/hooks.py`` (EstimateSync)
+- predictions for a picture: ``wsbcn_d2/predictor.py`` (Predictor)
 - comparisons over seeds, their tables and plots: ``wsbcn_d2/study/plan.py``
+- what a command does: ``wsbcn_d2/cli`` (one_line_errors)
 - a config: ``configs/README.md``
 - a command: ``tools/README.md``
 - a test: ``tests/README.md``
@@ -65,6 +67,7 @@ from .modeling import (
     build_ws_resnet_fpn_backbone,
     build_ws_retinanet_resnet_fpn_backbone,
 )
+from .predictor import Predictor
 
 __version__ = "0.1.0"
 
@@ -72,6 +75,7 @@ __all__ = [
     "NORM_REGISTRY",
     "BatchChannelNorm2d",
     "EstimatedBatchNorm2d",
+    "Predictor",
     "WSConv2d",
     "WSFastRCNNConvFCHead",
     "WSMaskRCNNConvUpsampleHead",
