@@ -19,18 +19,19 @@ Where to look, bottom to top; nothing imports from further down this list:
 - a backbone's name in a config: ``wsbcn_d2/modeling/backbone.py`` (build_ws_resnet_backbone)
 - a head: ``wsbcn_d2/modeling/roi_heads.py`` (WSFastRCNNConvFCHead)
 - which convolutions carry WS: ``wsbcn_d2/modeling/build.py``
+- what backward computes again: ``wsbcn_d2/modeling/recomputation.py`` (recompute)
 - the format of someone's checkpoint: ``wsbcn_d2/checkpoint/formats.py`` (FORMATS)
 - a published file and where it comes from: ``wsbcn_d2/checkpoint/catalog.py``
 - what is checked at loading: ``wsbcn_d2/checkpoint/checkpointer.py`` (WSBCNCheckpointer)
 - the embedded data set: ``wsbcn_d2/data/shapes`` (ensure_shapes)
 - a picture's way into a classifier: ``wsbcn_d2/data/classification`` (ClassificationMapper)
-- what is checked before a run: ``wsbcn_d2/engine/config.py`` (check_config)
+- what is checked before a run: ``wsbcn_d2/engine/checks.py`` (check_setup)
 - the training from YAML: ``wsbcn_d2/engine/trainer.py`` (Trainer)
 - the training from a Python config: ``wsbcn_d2/engine/lazy.py`` (train)
 - a hook: ``wsbcn_d2/engine/hooks.py`` (EstimateSync)
 - predictions for a picture: ``wsbcn_d2/predictor.py`` (Predictor)
 - comparisons over seeds, their tables and plots: ``wsbcn_d2/study/plan.py``
-- what a command does: ``wsbcn_d2/cli`` (one_line_errors)
+- what a command does: ``wsbcn_d2/cli`` (train)
 - a config: ``configs/README.md``
 - a command: ``tools/README.md``
 - a test: ``tests/README.md``

@@ -33,9 +33,9 @@ from PIL import Image
 
 from ..engine import UsageError
 from ..engine.config import one_line
+from ..engine.processes import one_line_errors
 from ..files import progress, replacing
 from ..predictor import Predictor
-from . import one_line_errors
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 

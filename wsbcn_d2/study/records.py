@@ -15,8 +15,8 @@ import detectron2
 import numpy as np
 import torch
 
-from ..engine.curves import read_metrics
 from ..engine.evaluation import has_compiled_ops
+from .curves import read_metrics
 from .plan import WEIGHTS, Run, default_of
 
 __all__ = ["find_records", "make_record", "matching", "write_record"]
