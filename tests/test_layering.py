@@ -26,6 +26,7 @@ ALLOWED = {
     "modeling": {"layers"},
     "engine": {"files", "layers", "modeling", "checkpoint", "data", "config", "folding"},
     "predictor": {"checkpoint", "engine", "folding"},
+    "model_zoo": {"checkpoint", "config"},
     "study": {"files", "layers", "checkpoint", "engine", "config", "predictor"},
     "cli": {"files", "checkpoint", "data", "engine", "predictor"},
 }

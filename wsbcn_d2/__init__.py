@@ -31,6 +31,7 @@ Where to look, bottom to top; nothing imports from further down this list:
 - a hook: ``wsbcn_d2/engine/hooks.py`` (EstimateSync)
 - predictions for a picture: ``wsbcn_d2/predictor.py`` (Predictor)
 - comparisons over seeds, their tables and plots: ``wsbcn_d2/study/plan.py``
+- the configs and models by name, in a notebook: ``wsbcn_d2/model_zoo.py`` (get)
 - what a command does: ``wsbcn_d2/cli`` (train)
 - a config: ``configs/README.md``
 - a command: ``tools/README.md``
@@ -47,6 +48,7 @@ except ImportError as error:
 
 from . import checkpoint as _checkpoint  # noqa: F401  (registers wsbcn:// names)
 from . import data as _data  # noqa: F401  (registers the shapes dataset)
+from . import model_zoo
 from .config import add_wsbcn_config, get_cfg
 from .folding import fold
 from .layers import (
@@ -87,6 +89,7 @@ __all__ = [
     "build_ws_retinanet_resnet_fpn_backbone",
     "fold",
     "get_cfg",
+    "model_zoo",
     "register_norms",
     "set_update_rate",
     "skip_first_batch_init",
