@@ -39,6 +39,7 @@ DEV = [
     "onnx>=1.16",
     "onnxscript>=0.1",
     "onnxruntime>=1.18",
+    "wheel>=0.37",
 ]
 
 ROOT = Path(__file__).resolve().parent
