@@ -7,8 +7,8 @@ from setuptools import find_packages, setup
 
 # What wsbcn_d2 imports itself, then what Detectron2 needs at run time (its own list without the
 # formatter it pins). Detectron2 itself is missing on purpose: it has no release that pip could
-# resolve. `tools/install_detectron2.py` installs it and wsbcn_d2 checks for it on import.
-# tools/env_check.py reads these lists, so they stay plain literals.
+# resolve. `tools/install/install_detectron2.py` installs it and wsbcn_d2 checks for it on import.
+# tools/install/env_check.py reads these lists, so they stay plain literals.
 REQUIRES = [
     "torch>=2.4",
     "torchvision>=0.19",

@@ -3,6 +3,35 @@
 ``import wsbcn_d2`` registers the norms (``NORM: "BCN"``), the ``build_ws_*`` backbones, the
 ``WS*`` heads and the ``shapes`` dataset. After *Micro-Batch Training with Batch-Channel
 Normalization and Weight Standardization*, Qiao et al., arXiv 1903.10520v2.
+
+Where to look, bottom to top; nothing imports from further down this list:
+
+- whole files, locks, progress bars: ``wsbcn_d2/files.py`` (replacing)
+- the formulas of weight standardization: ``wsbcn_d2/layers/ws_conv.py`` (standardize_weight)
+- the convolution that uses them: ``wsbcn_d2/layers/ws_conv.py`` (WSConv2d)
+- weight normalization and centred weight normalization: ``wsbcn_d2/layers/reparam.py``
+- the norm on running estimates: ``wsbcn_d2/layers/estimated_batch_norm.py`` (EstimatedBatchNorm2d)
+- batch-channel normalization: ``wsbcn_d2/layers/batch_channel_norm.py`` (BatchChannelNorm2d)
+- a norm's name in a config: ``wsbcn_d2/layers/norm.py`` (NORM_REGISTRY)
+- how the layers run fast: ``wsbcn_d2/layers/fused_bcn.py``
+- a config key: ``wsbcn_d2/config.py`` (add_wsbcn_config)
+- a model without WS and BCN that computes the same: ``wsbcn_d2/folding.py`` (fold)
+- a backbone's name in a config: ``wsbcn_d2/modeling/backbone.py`` (build_ws_resnet_backbone)
+- a head: ``wsbcn_d2/modeling/roi_heads.py`` (WSFastRCNNConvFCHead)
+- which convolutions carry WS: ``wsbcn_d2/modeling/build.py``
+- the format of someone's checkpoint: ``wsbcn_d2/checkpoint/formats.py`` (FORMATS)
+- a published file and where it comes from: ``wsbcn_d2/checkpoint/catalog.py``
+- what is checked at loading: ``wsbcn_d2/checkpoint/checkpointer.py`` (WSBCNCheckpointer)
+- the embedded data set: ``wsbcn_d2/data/shapes`` (ensure_shapes)
+- a picture's way into a classifier: ``wsbcn_d2/data/classification`` (ClassificationMapper)
+- what is checked before a run: ``wsbcn_d2/engine/config.py`` (check_config)
+- the training from YAML: ``wsbcn_d2/engine/trainer.py`` (Trainer)
+- the training from a Python config: ``wsbcn_d2/engine/lazy.py`` (train)
+- a hook: ``wsbcn_d2/engine/hooks.py`` (EstimateSync)
+- comparisons over seeds, their tables and plots: ``wsbcn_d2/study/plan.py``
+- a config: ``configs/README.md``
+- a command: ``tools/README.md``
+- a test: ``tests/README.md``
 """
 
 try:
@@ -10,7 +39,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "wsbcn_d2 needs Detectron2, which is not importable here: run "
-        "`python tools/install_detectron2.py` from this project's checkout"
+        "`python tools/install/install_detectron2.py` from this project's checkout"
     ) from error
 
 from . import checkpoint as _checkpoint  # noqa: F401  (registers wsbcn:// names)

@@ -9,16 +9,18 @@ from .classification import (
 from .errors import ClassificationDataError, DataError
 from .nuclei import register_nuclei
 from .shapes import (
+    CLASSES,
     GENERATOR_VERSION,
+    Instance,
     ShapesDataError,
     ShapesSpec,
     default_root,
     ensure_shapes,
+    register_shapes,
+    register_shapes_split,
+    render_scene,
     write_shapes,
 )
-from .shapes_outline import CLASSES
-from .shapes_register import register_shapes, register_shapes_split
-from .shapes_render import Instance, render_scene
 
 __all__ = [
     "CLASSES",

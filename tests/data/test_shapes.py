@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from wsbcn_d2 import data
-from wsbcn_d2.data import shapes
+from wsbcn_d2.data.shapes import write as shapes
 
 COUNT = 40
 FOLDER = f"shapes_v{data.GENERATOR_VERSION}"
@@ -198,7 +198,7 @@ def test_concurrent_processes_render_once(tmp_path):
 def test_a_present_set_is_neither_rendered_nor_touched_again(tmp_path, monkeypatch):
     folder = data.write_shapes(tmp_path, "val", 2)
     monkeypatch.setattr(shapes, "_render", lambda *_: pytest.fail("rendered again"))
-    monkeypatch.setattr(shapes, "file_lock", lambda *_: pytest.fail("a read-only set has no lock"))
+    monkeypatch.setattr(shapes, "locked", lambda *_: pytest.fail("a read-only set has no lock"))
     assert data.write_shapes(tmp_path, "val", 2) == folder
 
 

@@ -5,8 +5,10 @@ testing) and, for CIFAR, padding by 4 and a random crop.
 """
 
 import numpy as np
+import torch
 from detectron2.data import transforms as T
 from PIL import Image
+from torchvision import transforms
 
 __all__ = ["CenterCrop", "PadAndCrop", "RandomResizedCrop"]
 
@@ -26,17 +28,9 @@ class RandomResizedCrop(T.Augmentation):
 
     def get_transform(self, image):
         height, width = image.shape[:2]
-        for _ in range(10):
-            area = height * width * np.random.uniform(*self.scale)
-            ratio = np.exp(np.random.uniform(*np.log(self.ratio)))
-            w, h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
-            if 0 < w <= width and 0 < h <= height:
-                x, y = np.random.randint(width - w + 1), np.random.randint(height - h + 1)
-                break
-        else:  # the whole image, or its middle if that is too long
-            w = min(width, round(height * self.ratio[1]))
-            h = min(height, round(width / self.ratio[0]))
-            x, y = (width - w) // 2, (height - h) // 2
+        # torchvision asks for an image, and looks at its size alone.
+        blank = torch.empty(1, 1, 1).expand(3, height, width)
+        y, x, h, w = transforms.RandomResizedCrop.get_params(blank, self.scale, self.ratio)
         return T.TransformList(
             [
                 T.CropTransform(x, y, w, h, width, height),
@@ -60,6 +54,11 @@ class PadAndCrop(T.Augmentation):
     def get_transform(self, image):
         height, width = image.shape[:2]
         p = self.padding
+        if self.size > min(height, width) + 2 * p:
+            raise ValueError(
+                f"INPUT.CLASSIFICATION.SIZE {self.size} cannot be cut out of an image of "
+                f"{width} x {height} pixels padded by {p}: make SIZE smaller or PADDING larger"
+            )
         x = np.random.randint(width + 2 * p - self.size + 1)
         y = np.random.randint(height + 2 * p - self.size + 1)
         return T.TransformList(

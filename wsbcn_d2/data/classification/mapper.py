@@ -21,11 +21,9 @@ from detectron2.data import transforms as T
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import InferenceSampler
 
+from ..shapes import default_root, register_shapes_crops
 from .augmentation import CenterCrop, PadAndCrop, RandomResizedCrop
-from .cifar import register_cifar
-from .image_folder import register_image_folder
-from .shapes import default_root
-from .shapes_crops import register_shapes_crops
+from .sources import register_cifar, register_image_folder
 
 __all__ = [
     "ClassificationMapper",
@@ -55,6 +53,19 @@ class ClassificationMapper:
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict:
         options = cfg.INPUT.CLASSIFICATION
+        if options.SIZE < 1 or options.RESIZE_TEST < options.SIZE:
+            raise ValueError(
+                f"INPUT.CLASSIFICATION.RESIZE_TEST {options.RESIZE_TEST} leaves no square of "
+                f"INPUT.CLASSIFICATION.SIZE {options.SIZE}: make it at least SIZE, and SIZE "
+                "positive"
+            )
+        low, high = options.CROP_SCALE
+        if not 0 < low <= high <= 1 or options.PADDING < 0:
+            raise ValueError(
+                f"INPUT.CLASSIFICATION: CROP_SCALE {tuple(options.CROP_SCALE)} must be two shares "
+                f"of the area, 0 < smallest <= largest <= 1, and PADDING {options.PADDING} not "
+                "negative"
+            )
         if not is_train:
             short = options.RESIZE_TEST
             augmentations = [T.ResizeShortestEdge(short, 1 << 30), CenterCrop(options.SIZE)]

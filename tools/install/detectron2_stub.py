@@ -1,8 +1,8 @@
 """Stands in for `detectron2._C`, the compiled extension, in a pure-Python Detectron2.
 
-`tools/install_detectron2.py` copies this file into the package as `detectron2/_C.py`. Importing it
-always works, because Detectron2's layers do so on import; using an operation that only the
-compiled extension has raises an error that names it.
+`tools/install/install_detectron2.py` copies this file into the package as `detectron2/_C.py`.
+Importing it always works, because Detectron2's layers do so on import; using an operation that
+only the compiled extension has raises an error that names it.
 """
 
 _WHAT = {
@@ -43,5 +43,5 @@ def __getattr__(name):
     raise MissingExtensionError(
         f"detectron2._C.{name} is missing: this pure-Python Detectron2 comes without {what}; "
         "compile Detectron2 from its repository to get it "
-        "(python tools/install_detectron2.py --source git)"
+        "(python tools/install/install_detectron2.py --source git)"
     )

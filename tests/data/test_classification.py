@@ -2,6 +2,8 @@
 
 import pickle
 import tarfile
+import urllib.request
+from hashlib import md5
 from io import BytesIO
 
 import numpy as np
@@ -13,104 +15,111 @@ from PIL import Image
 
 from wsbcn_d2 import data
 from wsbcn_d2.data import ClassificationDataError, ClassificationMapper
-from wsbcn_d2.data.augmentation import CenterCrop, PadAndCrop, RandomResizedCrop
-from wsbcn_d2.data.cifar import load_cifar, register_cifar
 from wsbcn_d2.data.classification import (
     classification_mapper,
     classification_test_loader,
+    load_cifar,
+    load_image_folder,
+    register_cifar,
     register_classification,
+    register_image_folder,
+    sources,
 )
-from wsbcn_d2.data.image_folder import load_image_folder, register_image_folder
-from wsbcn_d2.data.shapes_crops import object_crops
-
-LAYOUT = {  # dataset: folder, archive, label bytes, train files, test files
-    "cifar10": (
-        "cifar-10-batches-bin",
-        "cifar-10-binary.tar.gz",
-        1,
-        [f"data_batch_{i}.bin" for i in range(1, 6)],
-        ["test_batch.bin"],
-    ),
-    "cifar100": ("cifar-100-binary", "cifar-100-binary.tar.gz", 2, ["train.bin"], ["test.bin"]),
-}
+from wsbcn_d2.data.classification.augmentation import CenterCrop, PadAndCrop, RandomResizedCrop
+from wsbcn_d2.data.shapes import object_crops
 
 
-def write_cifar(root, dataset, as_archive, per_file=2):
-    """A small CIFAR; returns (labels, images as (N, 32, 32, 3)) of the training split."""
-    folder, archive, label_bytes, train, test = LAYOUT[dataset]
-    rng = np.random.default_rng(0)
-    labels, images, files = [], [], {}
-    for name in [*train, *test]:
-        content = b""
-        for _ in range(per_file):
-            label, pixels = (
-                int(rng.integers(10)),
-                rng.integers(256, size=(3, 32, 32), dtype=np.uint8),
-            )
-            content += bytes([19][: label_bytes - 1] + [label]) + pixels.tobytes()
-            if name in train:
-                labels.append(label)
-                images.append(pixels.transpose(1, 2, 0))
-        files[name] = content
-    if as_archive:
-        with tarfile.open(root / archive, "w:gz") as tar:
+@pytest.fixture
+def write_cifar(monkeypatch):
+    """Writes a small CIFAR that passes for the original; gives (labels, images, place)."""
+
+    def write(root, dataset, as_archive, per_file=2):
+        kind, key = sources._CIFAR[dataset], "labels" if dataset == "cifar10" else "fine_labels"
+        rng = np.random.default_rng(0)
+        labels, images, files = [], [], {}
+        for name in [name for name, _ in kind.train_list + kind.test_list]:
+            own = rng.integers(10, size=per_file).tolist()
+            pixels = rng.integers(256, size=(per_file, 3, 32, 32), dtype=np.uint8)
+            files[name] = pickle.dumps({"data": pixels.reshape(per_file, -1), key: own})
+            if name not in dict(kind.test_list):
+                labels += own
+                images.append(pixels.transpose(0, 2, 3, 1))
+        names = {kind.meta["key"]: [str(i) for i in range(10)]}
+        files[kind.meta["filename"]] = pickle.dumps(names)
+        for part in ("train_list", "test_list"):
+            sums = [[name, md5(files[name]).hexdigest()] for name, _ in getattr(kind, part)]
+            monkeypatch.setattr(kind, part, sums)
+        meta = {**kind.meta, "md5": md5(files[kind.meta["filename"]]).hexdigest()}
+        monkeypatch.setattr(kind, "meta", meta)
+        if as_archive:
+            place = root / kind.filename
+            with tarfile.open(place, "w:gz") as tar:
+                for name, content in files.items():
+                    info = tarfile.TarInfo(f"{kind.base_folder}/{name}")
+                    info.size = len(content)
+                    tar.addfile(info, BytesIO(content))
+            monkeypatch.setattr(kind, "tgz_md5", md5(place.read_bytes()).hexdigest())
+        else:
+            place = root / kind.base_folder
+            place.mkdir()
             for name, content in files.items():
-                info = tarfile.TarInfo(f"{folder}/{name}")
-                info.size = len(content)
-                tar.addfile(info, BytesIO(content))
-    else:
-        (root / folder).mkdir()
-        for name, content in files.items():
-            (root / folder / name).write_bytes(content)
-    return labels, np.stack(images)
+                (place / name).write_bytes(content)
+        return labels, np.concatenate(images), place
+
+    return write
 
 
-@pytest.mark.parametrize("dataset", LAYOUT)
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: pytest.fail("downloads"))
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
 @pytest.mark.parametrize("as_archive", [True, False])
-def test_cifar_is_read(dataset, as_archive, tmp_path):
-    labels, images = write_cifar(tmp_path, dataset, as_archive)
+def test_cifar_is_read(dataset, as_archive, tmp_path, write_cifar):
+    labels, images, _ = write_cifar(tmp_path, dataset, as_archive)
     records = load_cifar(tmp_path, dataset, "train")
     assert [r["label"] for r in records] == labels
     assert [r["image_id"] for r in records] == list(range(len(labels)))
     assert np.array_equal(np.stack([r["pixels"] for r in records]), images)
     assert len(load_cifar(tmp_path, dataset, "test")) == 2
     assert {(r["height"], r["width"]) for r in records} == {(32, 32)}
-    assert list(tmp_path.iterdir()) == [tmp_path / LAYOUT[dataset][1 if as_archive else 0]]
 
 
 def test_absent_cifar_says_where_it_was_looked_for(tmp_path):
     with pytest.raises(ClassificationDataError) as error:
         load_cifar(tmp_path, "cifar10", "train")
     message = str(error.value)
-    assert str(tmp_path / "cifar-10-batches-bin") in message
-    assert "cifar-10-binary.tar.gz" in message and "DETECTRON2_DATASETS" in message
-    assert "\n" not in message and "pickle" not in message
+    assert str(tmp_path / "cifar-10-batches-py") in message
+    assert "cifar-10-python.tar.gz" in message and "DETECTRON2_DATASETS" in message
+    assert "\n" not in message
 
 
-def test_pickled_cifar_is_not_opened(tmp_path):
+def test_a_pickle_that_is_not_cifars_is_not_opened(tmp_path, write_cifar):
     class Bomb:
         def __reduce__(self):
             return (pytest.fail, ("unpickled",))
 
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    (folder / "data_batch_1").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ClassificationDataError, match="python version.*not read.*binary version"):
+    _, _, place = write_cifar(tmp_path, "cifar10", as_archive=False)
+    (place / "data_batch_1").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ClassificationDataError, match="damaged.*get the python version"):
         load_cifar(tmp_path, "cifar10", "train")
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 3072, bytes([10]) + b"\0" * 3072])
-def test_damaged_cifar(content, tmp_path):
-    write_cifar(tmp_path, "cifar10", as_archive=False)
-    (tmp_path / "cifar-10-batches-bin" / "data_batch_3.bin").write_bytes(content)
-    with pytest.raises(ClassificationDataError, match="damaged.*binary version again"):
+@pytest.mark.parametrize("content", [b"", b"\0" * 3072, None])
+def test_damaged_cifar(content, tmp_path, write_cifar):
+    _, _, place = write_cifar(tmp_path, "cifar10", as_archive=False)
+    if content is None:
+        (place / "data_batch_3").unlink()
+    else:
+        (place / "data_batch_3").write_bytes(content)
+    with pytest.raises(ClassificationDataError, match="damaged.*get the python version"):
         load_cifar(tmp_path, "cifar10", "train")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no_tar", "missing_file"])
-def test_damaged_archive(damage, tmp_path):
-    write_cifar(tmp_path, "cifar10", as_archive=True)
-    path = tmp_path / "cifar-10-binary.tar.gz"
+def test_damaged_archive(damage, tmp_path, write_cifar):
+    _, _, path = write_cifar(tmp_path, "cifar10", as_archive=True)
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:20000])
     elif damage == "no_tar":
@@ -119,6 +128,7 @@ def test_damaged_archive(damage, tmp_path):
         tarfile.open(path, "w:gz").close()
     with pytest.raises(ClassificationDataError, match="damaged"):
         load_cifar(tmp_path, "cifar10", "train")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.fixture
@@ -146,10 +156,10 @@ def test_image_folder_refusals(folder, tmp_path):
         load_image_folder(tmp_path / "nowhere", "imagenet_train")
     assert str(tmp_path / "nowhere") in str(error.value) and "imagenet_train" in str(error.value)
     assert "DETECTRON2_DATASETS" in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(ClassificationDataError, match="no folder per class"):
+    with pytest.raises(ClassificationDataError, match="any class folder"):
         load_image_folder(folder / "n01")
     (folder / "n03").mkdir()
-    with pytest.raises(ClassificationDataError, match="no image in .*n03"):
+    with pytest.raises(ClassificationDataError, match="n03"):
         load_image_folder(folder)
 
 
@@ -169,13 +179,13 @@ def test_registered_names(tmp_path):
         register_classification(data.default_root())
 
 
-def test_registration_points_to_the_data(tmp_path, folder):
+def test_registration_points_to_the_data(tmp_path, folder, write_cifar):
     write_cifar(tmp_path, "cifar10", as_archive=True)
     register_cifar("test_cifar", tmp_path, "cifar10", "test")
     register_image_folder("test_folder", folder)
     try:
         assert len(DatasetCatalog.get("test_cifar")) == 2
-        assert MetadataCatalog.get("test_cifar").image_root.endswith("cifar-10-binary.tar.gz")
+        assert MetadataCatalog.get("test_cifar").image_root.endswith("cifar-10-python.tar.gz")
         assert len(DatasetCatalog.get("test_folder")) == 3
     finally:
         for name in ("test_cifar", "test_folder"):
@@ -292,6 +302,18 @@ def test_flip_can_be_turned_off(classifier_cfg):
 def test_mapper_refusals(classifier_cfg):
     with pytest.raises(ValueError, match="unknown INPUT.CLASSIFICATION.TRAIN_CROP 'none'"):
         ClassificationMapper(classifier_cfg("INPUT.CLASSIFICATION.TRAIN_CROP", "none"), True)
+    for key, value, message in (
+        ("RESIZE_TEST", 31, "RESIZE_TEST 31 leaves no square of .*SIZE 64"),
+        ("SIZE", 0, "SIZE positive"),
+        ("CROP_SCALE", (0.5, 0.2), "CROP_SCALE"),
+        ("CROP_SCALE", (0.0, 1.0), "CROP_SCALE"),
+        ("PADDING", -1, "PADDING -1"),
+    ):
+        for is_train in (True, False):
+            with pytest.raises(ValueError, match=message):
+                ClassificationMapper(classifier_cfg(f"INPUT.CLASSIFICATION.{key}", value), is_train)
+    with pytest.raises(ValueError, match="SIZE 41 cannot be cut out of an image of 32 x 32"):
+        PadAndCrop(41, 4).get_transform(np.zeros((32, 32, 3), np.uint8))
     mapper = ClassificationMapper(classifier_cfg(), False)
     with pytest.raises(ValueError, match="label 6 of image 3: set MODEL.CLASSIFIER.NUM_CLASSES"):
         mapper({"image_id": 3, "label": 6})
@@ -304,7 +326,7 @@ def test_detection_data_sets_keep_detectron2s_mapper(classifier_cfg):
     assert classification_mapper(cfg, ["cifar10_test"], False) is not None
 
 
-def test_the_test_loader_yields_every_image_once_in_batches(classifier_cfg, tmp_path):
+def test_the_test_loader_yields_every_image_once_in_batches(classifier_cfg, tmp_path, write_cifar):
     write_cifar(tmp_path, "cifar10", as_archive=False, per_file=70)
     register_cifar("test_cifar", tmp_path, "cifar10", "test")
     cfg = classifier_cfg("DATALOADER.NUM_WORKERS", 0, "MODEL.CLASSIFIER.NUM_CLASSES", 10)

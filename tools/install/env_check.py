@@ -12,7 +12,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-SETUP = Path(__file__).resolve().parents[1] / "setup.py"
+SETUP = Path(__file__).resolve().parents[2] / "setup.py"
 
 
 def read_requirements(extras, setup=SETUP):

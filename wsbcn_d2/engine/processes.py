@@ -1,16 +1,24 @@
-"""Starting the processes of a job: Detectron2's launcher, or torchrun's environment."""
+"""Starting a job and its processes: Detectron2's launcher, or torchrun's environment."""
 
+import logging
 import os
+import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.engine import launch as launch_detectron2
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 
-__all__ = ["launch", "world_size_of"]
+from ..checkpoint import CheckpointError
+from ..data import DataError
+from .config import UsageError
+
+__all__ = ["launch", "run_command", "set_up_process", "world_size_of"]
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
@@ -102,3 +110,32 @@ def _create_local_group(local_size: int) -> None:
         group = dist.new_group(list(range(i * local_size, (i + 1) * local_size)))
         if i == machine:
             comm._LOCAL_PROCESS_GROUP = group
+
+
+def run_command(check: Callable[..., None], main: Callable[[Namespace], object]) -> int:
+    """A training script: read Detectron2's command line, check the job, run it.
+
+    Args:
+        check: is given the command line's ``args`` and the keyword arguments of
+            :func:`wsbcn_d2.engine.checks.check_setup`; raises for what cannot work.
+        main: is run in every process of the job, with ``args``.
+
+    Returns:
+        int: the exit code; 2 after wrong input, which is answered with one line on stderr.
+    """
+    args = default_argument_parser().parse_args()
+    try:
+        check(args, world_size=world_size_of(args), eval_only=args.eval_only, resume=args.resume)
+        launch(main, args)
+    except (UsageError, CheckpointError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def set_up_process(cfg: object, args: Namespace, output_dir: str, device: str) -> None:
+    """Detectron2's ``default_setup``, and this project's log with Detectron2's and fvcore's."""
+    default_setup(cfg, args)
+    setup_logger(output_dir, distributed_rank=comm.get_rank(), name="wsbcn_d2")
+    if device == "cpu":
+        logging.getLogger("wsbcn_d2").info("Running on the CPU")

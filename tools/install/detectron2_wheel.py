@@ -20,7 +20,7 @@ SDIST_VERSION = "0.6"
 SDIST_SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
 WHEEL_VERSION = "0.6+pure"  # detectron2.__version__ stays "0.6"
 STUB = Path(__file__).resolve().with_name("detectron2_stub.py")
-NOTICE = "# Changed by wsbcn_d2's tools/install_detectron2.py to run with current libraries.\n"
+NOTICE = "# Changed by wsbcn_d2's install_detectron2.py to run with current libraries.\n"
 
 # Official v0.6 run-time requirements, without the pins that no longer install (black, iopath<)
 # and without those only its Caffe2 export used (future, pydot).

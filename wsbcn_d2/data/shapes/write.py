@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from iopath.common.file_io import file_lock
 from PIL import Image
 from pycocotools import mask as mask_util
 
-from .errors import DataError
-from .shapes_outline import CLASSES
-from .shapes_render import Instance, render_scene
+from ...files import locked, progress
+from ..errors import DataError
+from .outline import CLASSES
+from .render import Instance, render_scene
 
 GENERATOR_VERSION = 3
 """Counts up whenever the renderer's output changes; part of the folder's name."""
@@ -107,7 +107,7 @@ def _write_split(folder: Path, split: str, count: int, spec: ShapesSpec) -> dict
     """Renders one split below `folder`; returns its numbers for the stamp."""
     images, annotations, size_on_disk = [], [], 0
     (folder / split).mkdir()
-    for index in range(count):
+    for index in progress(range(count), desc=f"Rendering shapes {split}"):
         # A generator per image: neither the counts nor other splits change an image.
         rng = np.random.default_rng([spec.seed, zlib.crc32(split.encode()), index])
         height, width = rng.integers(spec.image_size[0], spec.image_size[1] + 1, size=2).tolist()
@@ -188,7 +188,7 @@ def ensure_shapes(root: str | os.PathLike | None = None, spec: ShapesSpec | None
     if not folder.exists():
         try:
             root.mkdir(parents=True, exist_ok=True)
-            with file_lock(str(folder)):
+            with locked(f"{folder}.lock"):
                 if not folder.exists():
                     _render(folder, spec)
         except OSError as error:

@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""After a training run: pictures, curves and a table of AP. Called by tools/demo.sh.
+"""Pictures, curves and a table of AP after a training run; called by tools/demo.sh.
 
-    tools/demo.py --config-file CONFIG OUTPUT_DIR DIR
+    tools/install/demo_report.py --config-file CONFIG OUTPUT_DIR DIR
+
+Writes into DIR.
 """
 
 import sys

@@ -9,7 +9,7 @@ from detectron2.utils import comm
 from wsbcn_d2.checkpoint import METADATA_KEY, CheckpointError, LoadExpectation, WSBCNCheckpointer
 from wsbcn_d2.checkpoint.placement import place_backbone
 from wsbcn_d2.engine import Trainer, UsageError, check_config, load_config
-from wsbcn_d2.engine.classification import TopKEvaluator
+from wsbcn_d2.engine.evaluation import TopKEvaluator
 
 CLASSIFIER = str(ROOT / "configs" / "shapes" / "classifier_R_18_bcn_ws.yaml")
 DETECTOR = str(ROOT / "configs" / "shapes" / "mask_rcnn_R_18_FPN_bcn_ws.yaml")
@@ -152,7 +152,7 @@ def test_other_pixel_statistics_are_warned_about(checkpoint, caplog):
 
 def test_absent_data_is_refused_before_anything_is_written(tmp_path, crops_options):
     options = [*crops_options, "DATASETS.TRAIN", "('cifar10_train',)"]
-    with pytest.raises(UsageError, match="cifar10_train.*absent.*cifar-10-batches-bin"):
+    with pytest.raises(UsageError, match="cifar10_train.*absent.*cifar-10-batches-py"):
         check_config(load_config(CLASSIFIER, options))
 
 
@@ -163,6 +163,7 @@ def test_absent_data_is_refused_before_anything_is_written(tmp_path, crops_optio
         (["SOLVER.ACCUMULATE", "0"], "ACCUMULATE 0 cannot split"),
         (["SOLVER.REFERENCE_WORLD_SIZE", "2", "SOLVER.ACCUMULATE", "3"], "split the 2 images"),
         (["INPUT.CLASSIFICATION.TRAIN_CROP", "any"], "unknown INPUT.CLASSIFICATION.TRAIN_CROP"),
+        (["INPUT.CLASSIFICATION.RESIZE_TEST", "31"], "RESIZE_TEST 31 leaves no square"),
         (["MODEL.CLASSIFIER.NUM_CLASSES", "0"], "NUM_CLASSES must be positive"),
         (["MODEL.WS.KIND", "any"], "unknown MODEL.WS.KIND 'any'"),
     ],

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .shapes_outline import CLASSES, PlacedShape
-from .shapes_surface import background, object_surface
+from .outline import CLASSES, PlacedShape
+from .surface import background, object_surface
 
 # What must be left of every object: the share of its whole area that occlusion and frame leave
 # together, the share inside the frame when it is placed, and pixels.

@@ -1,18 +1,21 @@
-"""Step mode of tools/benchmark.py: whole training steps and inference of models by config."""
+"""Whole models of tools/benchmark.py: training steps, inference, watched channels."""
 
-import os
-import statistics
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from benchmark import Runner, ratio
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from wsbcn_d2 import fold
-from wsbcn_d2.engine import load_config
+from wsbcn_d2.engine import ChannelMonitor, load_config
 from wsbcn_d2.layers import BatchChannelNorm2d, WSConv2d
+
+from .runner import Runner, milliseconds, ratio
+
+PERIOD, WINDOW = 100, 8  # of the monitor: tools/compare.py's period, the hook's own window
 
 
 def random_batch(images: int, height: int, width: int, classes: int, train: bool) -> list[dict]:
@@ -80,7 +83,7 @@ def _inference(model, args, images: int):
 
 def step_mode(runner: Runner, args) -> dict:
     """Training step and inference; the ratios are to the first config."""
-    names = [os.path.splitext(os.path.basename(path))[0] for path in args.configs]
+    names = [Path(path).stem for path in args.configs]
     loaded = [load(path, args.device) for path in args.configs]
     if args.channels_last:
         for _, model in loaded:
@@ -114,7 +117,7 @@ def _report(what: str, images: int, times: dict, peaks: dict) -> list[dict]:
             "what": what,
             "images": images,
             "name": name,
-            "ms": statistics.median(times[name]),
+            "ms": milliseconds(times[name]),
             "time": ratio(times[name], times[base]),
             "peak bytes": peaks[name],
             "peak": peaks[name] / peaks[base],
@@ -127,3 +130,47 @@ def _report(what: str, images: int, times: dict, peaks: dict) -> list[dict]:
             flush=True,
         )
     return rows
+
+
+def monitor_mode(runner: Runner, args) -> dict:
+    """A window of watched steps against as many that are not watched, per config."""
+    rows = []
+    for path in args.configs:
+        cfg, model = load(path, args.device)
+        for images in args.images:
+            step = training(cfg, model.train(), args, images)
+            trainer = SimpleNamespace(model=model, storage=EventStorage(), iter=0)
+            # Periods as short as a window: every step is watched, the last one sums up.
+            monitor = ChannelMonitor(WINDOW, WINDOW)
+            monitor.trainer = trainer
+            monitor.before_train()
+            times = runner.rounds({"watched": _window(step, monitor), "plain": _window(step)})
+            row = {
+                "config": path,
+                "images": images,
+                "ms": milliseconds(times["plain"]) / WINDOW,
+            }
+            row["time"] = ratio(times["watched"], times["plain"])
+            row["share"] = (row["time"]["ratio"] - 1) * WINDOW / PERIOD
+            rows.append(row)
+            print(
+                f"{images} image(s)  watched / plain step {row['time']['ratio']:.3f}"
+                f"+-{row['time']['spread']:.3f}  {100 * row['share']:.2f} % of a training watched "
+                f"every {PERIOD} steps  ({row['ms']:.0f} ms a step)  {path}",
+                flush=True,
+            )
+    return {"mode": "monitor", "rows": rows}
+
+
+def _window(step, monitor=None):
+    def run():
+        for i in range(WINDOW):
+            if monitor is None:
+                step()
+                continue
+            monitor.trainer.iter = i
+            monitor.before_step()
+            step()
+            monitor.after_step()
+
+    return run

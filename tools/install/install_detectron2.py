@@ -6,7 +6,7 @@ Detectron2 has no release on the package index, so this tries in turn
 1. the official repository at a pinned commit, compiled on this machine (needs GitHub, a compiler);
 2. a pure-Python wheel of v0.6 made from an sdist on the index (see detectron2_wheel.py).
 
-    python tools/install_detectron2.py [--source auto|git|pure] [--verbose]
+    python tools/install/install_detectron2.py [--source auto|git|pure] [--verbose]
 
 torch must be installed already. An explicit --source installs even where Detectron2 is present.
 """
@@ -27,7 +27,7 @@ PROBE_SECONDS = 10
 GIT_SECONDS = 3600
 MEND = (
     "let this machine reach github.com, or pip an index that carries pb1-detectron2==0.6"
-    " (PIP_INDEX_URL, PIP_FIND_LINKS), then run tools/install_detectron2.py again"
+    " (PIP_INDEX_URL, PIP_FIND_LINKS), then run tools/install/install_detectron2.py again"
 )
 
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from detectron2.utils import comm
 
 from wsbcn_d2.engine import launch
-from wsbcn_d2.engine.launch import world_size_of
+from wsbcn_d2.engine.processes import world_size_of
 
 
 def arguments(**kwargs):

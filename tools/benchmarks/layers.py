@@ -1,22 +1,17 @@
-"""The modes of tools/benchmark.py."""
+"""Single layers of tools/benchmark.py: norms over activations, standardization of weights."""
 
-import os
-import statistics
+from pathlib import Path
 
 import torch
-from benchmark import Runner, geometric_mean, ratio
-from benchmark_monitor import monitor_mode
-from benchmark_step import step_mode
 from detectron2.modeling import build_model
 from torch import nn
 
 from wsbcn_d2 import BatchChannelNorm2d, WSConv2d, standardize_weight
 from wsbcn_d2.engine import load_config
 
-_R50_FPN = os.path.join(
-    os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
-    "configs/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_2x_gn_ws_1img.yaml",
-)
+from .runner import Runner, geometric_mean, milliseconds, ratio
+
+_R50_FPN = "configs/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_2x_gn_ws_1img.yaml"
 
 
 class ReleasedBCN(nn.Module):
@@ -97,7 +92,7 @@ def layer_mode(runner: Runner, args) -> dict:
             runs = {f"{name} fwd": lambda n=norm, x=x: n(x) for name, norm in norms.items()}
             runs |= {name: lambda n=norm, both=both: both(n) for name, norm in norms.items()}
             times = runner.rounds(runs)
-            row = {"shape": [images, c, h, w], "ms": medians(times)}
+            row = {"shape": [images, c, h, w], "ms": {k: milliseconds(v) for k, v in times.items()}}
             row["bcn / gn fwd"] = ratio(times["bcn fwd"], times["gn fwd"])
             row["bcn / gn"] = ratio(times["bcn"], times["gn"])
             with runner.autocast():
@@ -107,7 +102,7 @@ def layer_mode(runner: Runner, args) -> dict:
             if args.released:
                 row["released / bcn"] = ratio(times["released"], times["bcn"])
             rows.append(row)
-            print_row("x".join(map(str, row["shape"])), row, times["gn"])
+            print_row("x".join(map(str, row["shape"])), row, row["ms"]["gn"])
     keys = [key for key in rows[0] if isinstance(rows[0][key], dict) and "ratio" in rows[0][key]]
     summary = {key: geometric_mean(row[key]["ratio"] for row in rows) for key in keys}
     summary["bytes (largest)"] = max(row["bytes"] for row in rows)
@@ -117,12 +112,7 @@ def layer_mode(runner: Runner, args) -> dict:
     return {"mode": "layer", "rows": rows, "summary": summary}
 
 
-def medians(times: dict) -> dict:
-    """Median of each list."""
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def print_row(name: str, row: dict, base: list[float]) -> None:
+def print_row(name: str, row: dict, base: float) -> None:
     """One line: ratios with spread, then the base's milliseconds."""
     parts = [f"{name:20}"]
     for key, value in row.items():
@@ -130,7 +120,7 @@ def print_row(name: str, row: dict, base: list[float]) -> None:
             parts.append(f"{key} {value['ratio']:.2f}+-{value['spread']:.2f}")
         elif key == "bytes":
             parts.append(f"bytes {value:.3f}")
-    print("  ".join(parts), f" ({statistics.median(base):.3g} ms)", flush=True)
+    print("  ".join(parts), f" ({base:.3g} ms)", flush=True)
 
 
 def five_ops(weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
@@ -143,7 +133,7 @@ def five_ops(weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
 
 def ws_mode(runner: Runner, args) -> dict:
     """Standardizing every weight of a model, forward and backward."""
-    config = args.configs[0] if args.configs else _R50_FPN
+    config = args.configs[0] if args.configs else str(Path(__file__).parents[2] / _R50_FPN)
     model = build_model(load_config(config, ["MODEL.DEVICE", args.device]))
     weights = [m.weight.requires_grad_() for m in model.modules() if isinstance(m, WSConv2d)]
     if args.quick:
@@ -166,11 +156,8 @@ def ws_mode(runner: Runner, args) -> dict:
     }
     functions |= {"five-op formula": five_ops, "copy": torch.clone}
     times = runner.rounds({name: lambda f=f: run(f) for name, f in functions.items()})
-    rows = [{"name": name, "ms": statistics.median(times[name])} for name in functions]
+    rows = [{"name": name, "ms": milliseconds(times[name])} for name in functions]
     for row in rows:
         row["time / ours"] = ratio(times[row["name"]], times["unbiased"])
-        print_row(row["name"], row, times[row["name"]])
+        print_row(row["name"], row, row["ms"])
     return {"mode": "ws", "rows": rows}
-
-
-MODES = {"layer": layer_mode, "ws": ws_mode, "step": step_mode, "monitor": monitor_mode}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the environment that demo.sh and test.sh run in. Source it and call its one function:
 #
-#     source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+#     source "$(dirname "${BASH_SOURCE[0]}")/install/setup_env.sh"
 #     setup_env            # to run the project;  setup_env dev  to run its tests and linter too
 #
 # It returns non-zero after one line on stderr where it fails. Afterwards
@@ -9,14 +9,14 @@
 #     $ENV_PYTHON   is the interpreter to use; its folder comes first in PATH, so that `python`,
 #                   `pytest` and `ruff` are that environment's,
 #     $PYTHONPATH   starts with $REPO_ROOT.
-# The working directory stays as it was. Executed instead of sourced: ./tools/setup_env.sh [dev]
+# The working directory stays as it was. Executed instead of sourced: ./tools/install/setup_env.sh [dev]
 #
 # The active environment is used untouched where it has everything. Otherwise .venv at the root of
 # the checkout is made and filled; a stamp in it makes every later call quick.
 # WSBCN_PYTHON  names the interpreter to start from (default: the first python3 that is new enough).
 # WSBCN_TORCH   replaces the torch pins, e.g. for a GPU driver that needs another CUDA version.
 
-REPO_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+REPO_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)"
 
 _setup_error() {
     echo "error: $*" >&2
@@ -48,14 +48,14 @@ _setup_active_serves() {
     ENV_PYTHON="$("$candidate" -c 'import sys; print(sys.executable)')" || return 1
     # The environment made here is judged by its stamp, not by what it happens to have.
     [ "${ENV_PYTHON%/bin/*}" != "$_setup_venv" ] || return 1
-    (cd / && "$ENV_PYTHON" "$REPO_ROOT/tools/env_check.py" "${_setup_extras[@]}" >/dev/null 2>&1)
+    (cd / && "$ENV_PYTHON" "$REPO_ROOT/tools/install/env_check.py" "${_setup_extras[@]}" >/dev/null 2>&1)
 }
 
 _setup_stamp_value() {
     {
         echo "$REPO_ROOT ${_setup_torch[*]}"
         "$_setup_venv/bin/python" --version
-        cat "$REPO_ROOT"/setup.py "$REPO_ROOT"/tools/{setup_env.sh,install_detectron2.py,detectron2_wheel.py,detectron2_stub.py}
+        cat "$REPO_ROOT"/setup.py "$REPO_ROOT"/tools/install/{setup_env.sh,install_detectron2.py,detectron2_wheel.py,detectron2_stub.py}
     } 2>&1 | cksum
 }
 
@@ -74,8 +74,8 @@ _setup_fill() {
     # torch first, so that nothing later chooses another one.
     _setup_step "installing ${_setup_torch[*]} (about 5 GB on disk)" "${pip[@]}" "${_setup_torch[@]}" &&
         PIP_USE_PEP517=1 _setup_step "installing the project" "${pip[@]}" -e "$REPO_ROOT$extras" &&
-        _setup_step "installing Detectron2" "$_setup_venv/bin/python" "$REPO_ROOT/tools/install_detectron2.py" &&
-        _setup_step "checking" "$_setup_venv/bin/python" "$REPO_ROOT/tools/env_check.py" "${_setup_extras[@]}"
+        _setup_step "installing Detectron2" "$_setup_venv/bin/python" "$REPO_ROOT/tools/install/install_detectron2.py" &&
+        _setup_step "checking" "$_setup_venv/bin/python" "$REPO_ROOT/tools/install/env_check.py" "${_setup_extras[@]}"
 }
 
 setup_env() {

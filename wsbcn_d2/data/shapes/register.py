@@ -8,14 +8,14 @@ from pathlib import Path
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import load_coco_json
 
-from .shapes import (
+from .outline import CLASSES
+from .write import (
     DEFAULT_IMAGE_SIZE,
     ShapesSpec,
     annotation_file,
     default_root,
     ensure_shapes,
 )
-from .shapes_outline import CLASSES
 
 _GENERATOR = "wsbcn_d2.shapes"
 

@@ -7,7 +7,8 @@ import pytest
 from pycocotools import mask as mask_util
 
 from wsbcn_d2 import data
-from wsbcn_d2.data import shapes_outline, shapes_surface
+from wsbcn_d2.data.shapes import outline as outlines
+from wsbcn_d2.data.shapes import surface
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def test_pinned_scene():
 
 def test_spectrum_is_natural_and_white_noise_is_not(scenes):
     rng = np.random.default_rng(0)
-    grounds = [shapes_surface.background(rng, 128, 120)[0].mean(axis=2) for _ in range(20)]
+    grounds = [surface.background(rng, 128, 120)[0].mean(axis=2) for _ in range(20)]
     slopes = np.array([spectral_slope(ground) for ground in grounds])
     # Amplitude 1/f is power 1/f^2; the exponents drawn are 1.0 to 1.2, borders steepen it.
     assert -2.6 < slopes.mean() < -1.8
@@ -121,7 +122,7 @@ def test_occlusion_hides_the_object_behind():
 
 @pytest.mark.parametrize("category", range(len(data.CLASSES)))
 def test_outlines_agree_with_their_polygons(category):
-    shape = shapes_outline.PlacedShape(np.random.default_rng(category), category, 40.0)
+    shape = outlines.PlacedShape(np.random.default_rng(category), category, 40.0)
     centre = np.array([64, 64])
     inside = np.zeros((128, 128), dtype=np.uint8, order="F")
     image, window = shape.windows(centre, 128, 128)
