@@ -95,6 +95,7 @@ def parse(argv):
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--records", nargs="+", default=[], help="more folders of records")
     parser.add_argument("--pictures", type=int, default=4, help="validation images to draw")
+    parser.add_argument("--strip", default="", metavar="PICTURE.png", help="for plots/showcase.png")
     parser.add_argument("--keep-checkpoints", action="store_true")
     parser.add_argument("--report-only", action="store_true", help="of what has finished so far")
     parser.add_argument("--title", default="Comparison over seeds")
@@ -194,7 +195,12 @@ def study(args, command):
     missing = [f"{name}: {reasons.get(name, 'not run yet')}" for name in without]
     if not finished:
         raise UsageError(f"no run has finished; see the output.txt of each run in {root / 'runs'}")
-    path = write_report(finished, root, title=args.title, command=command, missing=missing)
+    try:
+        path = write_report(
+            finished, root, title=args.title, command=command, missing=missing, strip=args.strip
+        )
+    except ValueError as error:
+        raise UsageError(f"--strip: {error}") from error
     print("\n" + (root / "results.md").read_text())
     print(f"report  {path}\ntables  {root / 'results.csv'}, {root / 'runs.csv'}")
     return 1 if failures else 0

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from wsbcn_d2.study.plots import make_figures, png_bytes
+from wsbcn_d2.study.plots import make_figures, png_bytes, showcase
 
 from .helpers import make_record
 
@@ -105,6 +105,27 @@ def test_a_seed_without_a_curve_leaves_the_others_theirs():
     _, mask = make_figures(records)["ap_over_iterations"].axes
     assert mask.lines[0].get_ydata() == pytest.approx([0, 39])
     assert not mask.collections
+
+
+def test_the_showcase():
+    strip = {name: np.full((4, 5, 3), i, np.uint8) for i, name in enumerate(["truth", "gn", "$a$"])}
+    records = records_of({"gn": GN, "bcn_ws": (50.0,)}, images=(1, 2))
+    figure = showcase(records, strip)
+    box, mask, *pictures = (ax for sub in figure.subfigs for ax in sub.axes)
+    for ax, less in ((box, 0), (mask, 1)):
+        gn, bcn = ax.lines  # at one image per step, from the start
+        assert gn.get_xdata().tolist() == [0, 50, 100]
+        assert gn.get_ydata() == pytest.approx([0, 0, 43 - less])
+        assert band(ax)[1:] == (
+            pytest.approx([0, 0, 43 - less - HALF], abs=1e-4),
+            pytest.approx([0, 0, 43 - less + HALF], abs=1e-4),
+        )
+    (legend,) = figure.subfigs[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["gn (3)", "bcn_ws (1)"]
+    assert [ax.get_title().replace(r"\$", "$") for ax in pictures] == list(strip)
+    for ax, pixels in zip(pictures, strip.values(), strict=True):
+        assert np.array_equal(ax.images[0].get_array(), pixels)
+    assert png_bytes(figure).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("variant", [r"$\frac$", "$", "a$b$", "_gn", "<&>", "gn LR=0.1", "ü"])

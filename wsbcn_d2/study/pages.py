@@ -6,20 +6,27 @@ A page has its tables between two comments, of which the first says what they sh
     <!-- end -->
 
 ``ap`` is the AP of each variant of the study NAME, ``pairs`` their differences, paired by seed,
-``errors`` how far the running estimates of its variants were off.
+``channels`` what the channel monitor saw: the share of channels that are inactive at the end, and
+how far the backbone's estimates of the mean were off on average, in standard deviations.
 """
 
 import re
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from .pairs import compare_pairs, pairs_table
-from .stats import mean_interval
 from .summary import group, markdown, summarize, table
 
 __all__ = ["fill_page", "prose"]
 
 _BLOCK = re.compile(r"<!-- (\w+): ([\w/]+) -->\n.*?<!-- end -->", re.DOTALL)
-_ERROR = "channels/backbone/estimate_error_mean"
+# Column to the monitor's series and what is taken of it.
+_CHANNELS = {
+    "inactive: backbone": ("channels/backbone/inactive_mean", lambda values: values[-1], ".1%"),
+    "inactive: FPN": ("channels/fpn/inactive_mean", lambda values: values[-1], ".1%"),
+    "error / std": ("channels/backbone/estimate_error_mean", np.mean, ".2f"),
+}
 
 
 def fill_page(page: str, records_of: Callable[[str], Sequence[dict]]) -> str:
@@ -69,17 +76,16 @@ def _pairs(records: Sequence[dict]) -> str:
     return _columns(*pairs_table(compare_pairs(records)), lambda name: True)
 
 
-def _errors(records: Sequence[dict]) -> str:
-    """Of the means in the backbone, in standard deviations, averaged over the run and its seeds."""
+def _channels(records: Sequence[dict]) -> str:
     lines = []
     for (variant, images), members in group(records).items():
-        curves = [member["channels"].get(_ERROR) for member in members]
-        means = [mean_interval([v for _, v in curve])[0] for curve in curves if curve]
-        if means:
-            error = f"{mean_interval(means)[0]:.2f}"
-            lines.append([variant, str(images), error, str(len(means))])
-    head = ["variant", "images/step", "error / std", "seeds"]
-    return _columns(head, lines, lambda name: True)
+        cells = []
+        for series, take, form in _CHANNELS.values():
+            curves = [member["channels"].get(series) for member in members]
+            values = [take([value for _, value in curve]) for curve in curves if curve]
+            cells.append(format(np.mean(values), form) if values else "-")
+        lines.append([variant, str(images), *cells, str(len(members))])
+    return _columns(["variant", "images/step", *_CHANNELS, "seeds"], lines, lambda name: True)
 
 
-_TABLES = {"ap": _ap, "pairs": _pairs, "errors": _errors}
+_TABLES = {"ap": _ap, "pairs": _pairs, "channels": _channels}

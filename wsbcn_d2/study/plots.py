@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from .stats import mean_interval
 from .summary import TASKS, group, summarize
 
-__all__ = ["make_figures", "png_bytes", "save_figures"]
+__all__ = ["make_figures", "png_bytes", "save_figures", "showcase"]
 
 # Distinguishable with colour-blind eyes (Okabe and Ito), and a dash pattern beyond them.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
@@ -85,6 +85,39 @@ def _ap_figure(records: Sequence[dict], column: int, xlabel: str) -> Figure:
             ax.set_ylim(bottom=0)
             ax.grid(alpha=0.3)
     _legend(figure, axes)
+    return figure
+
+
+def showcase(records: Sequence[dict], strip: dict[str, np.ndarray]) -> Figure:
+    """AP over iterations, with intervals, above one picture as each variant sees it.
+
+    Args:
+        records: of the variants to show; those at their fewest images per step are.
+        strip: title to pixels, (height, width, 3) of uint8, from left to right.
+    """
+    fewest = min(record["images_per_step"] for record in records)
+    records = [record for record in records if record["images_per_step"] == fewest]
+    styles, tasks = _styles(records), sorted({task for r in records for task in r["ap"]})
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1.6, 1))
+    axes = above.subplots(1, len(tasks), squeeze=False)
+    for (variant, _), members in group(records).items():
+        for ax, task in zip(axes[0], tasks, strict=True):
+            curves = [m["ap"][task] for m in members if m["ap"].get(task)]
+            # Before the first step a detector from scratch finds nothing.
+            curves = [[[0, 0.0, 0.0], *curve] for curve in curves]
+            if curves:
+                _draw(ax, members, curves, 0, styles[variant], f"{variant} ({len(curves)})")
+    for ax, task in zip(axes[0], tasks, strict=True):
+        ax.set(xlabel="iteration", ylabel=TASKS.get(task, f"{task} AP"))
+        ax.set_ylim(bottom=0)
+        ax.grid(alpha=0.3)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    above.legend(handles, labels, loc="outside right center", title="variant (seeds)")
+    for ax, (title, pixels) in zip(below.subplots(1, len(strip)), strip.items(), strict=True):
+        ax.imshow(pixels, interpolation="antialiased")
+        ax.set_title(_text(title), fontsize="medium")
+        ax.set_axis_off()
     return figure
 
 
