@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).resolve().parents[1] / "tools"
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = ROOT / "tools" / "install"
 
 
 def load(name):
@@ -260,5 +261,5 @@ def test_env_check_reads_setup_and_judges_versions(tmp_path):
 
 def test_the_package_contains_its_kernels(tmp_path):
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", tmp_path]
-    subprocess.run(command, cwd=TOOLS.parent, check=True)
+    subprocess.run(command, cwd=ROOT, check=True)
     assert (tmp_path / "wsbcn_d2/layers/kernels/cpu.cpp").is_file()

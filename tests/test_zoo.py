@@ -1,6 +1,9 @@
 """Every COCO config, YAML and Python, against one table of what its name promises."""
 
 import copy
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -109,6 +112,33 @@ def test_the_table_lists_the_files():
     assert {p.stem for p in configs.glob("COCO-*/*.yaml")} == set(NAMES)
     assert {p.stem for p in configs.glob("lazy/COCO-*/*.py")} == set(NAMES)
     assert all(yaml_path(name).is_file() and lazy_path(name).is_file() for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES[::9])
+def test_a_name_is_enough(name, tmp_path):
+    """Where there are no symbolic links, as in a wheel, every file is a copy of the one."""
+    shutil.copytree(ROOT / "configs" / "lazy", tmp_path / "lazy", symlinks=False)
+    copied = tmp_path / "lazy" / lazy_path(name).parent.name / lazy_path(name).name
+    assert copied.is_file() and not copied.is_symlink()
+    assert str(LazyConfig.load(str(copied))) == str(LazyConfig.load(str(lazy_path(name))))
+
+
+def test_detectron2s_own_loading_needs_nothing_imported(monkeypatch):
+    code = f"""
+from detectron2.config import LazyConfig
+cfg = LazyConfig.load("configs/lazy/COCO-InstanceSegmentation/{NAMES[0]}.py")
+assert cfg.dataloader.train.total_batch_size == 4
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True)
+
+
+def test_a_name_that_describes_nothing(tmp_path):
+    shutil.copytree(ROOT / "configs" / "lazy", tmp_path / "lazy", symlinks=False)
+    for name in ("mask_rcnn_R_50_FPN_2x_bnc_ws_1img", "mask_rcnn_R_51_FPN_2x_gn_1img", "x_1img"):
+        path = tmp_path / "lazy" / "COCO-Detection" / f"{name}.py"
+        shutil.copy(ROOT / "configs" / "lazy" / "by_name.py", path)
+        with pytest.raises(ValueError, match=f"no experiment '{name}.py'.*bcn_ws_scratch"):
+            LazyConfig.load(str(path))
 
 
 def yaml_protocol(cfg):

@@ -184,6 +184,7 @@ def test_tool_trains_resumes_and_evaluates(tool, tiny_shapes, tmp_path, monkeypa
 
 
 CONFIG = str(lazy_path(FAMILIES["mask"]))
+FROM_SCRATCH = ["train.init_checkpoint="]
 HERE = ["dataloader.train.dataset.names=shapes_train", "dataloader.test.dataset.names=shapes_val"]
 
 
@@ -205,6 +206,9 @@ HERE = ["dataloader.train.dataset.names=shapes_train", "dataloader.test.dataset.
         ),
         (["--config-file", CONFIG, *HERE, "train.bcn.update_rate=2"], "train.bcn"),
         (["--config-file", CONFIG, *HERE, "model.roi_heads.box_head.conv_norm=BNC"], "BNC"),
+        (["--config-file", CONFIG, *HERE, "+train.accumulate=2"], "train.accumulate 2"),
+        (["--config-file", CONFIG, *HERE, "optimizer.momentum=-1", *FROM_SCRATCH], "optimizer"),
+        (["--config-file", CONFIG, *HERE, f"train.init_checkpoint={__file__}"], "checkpoint"),
         (
             ["--config-file", CONFIG, *HERE, "lr_multiplier.scheduler.values=[1,2]"],
             "lr_multiplier",
@@ -219,6 +223,30 @@ def test_wrong_input_is_one_line(tool, monkeypatch, tmp_path, capsys, arguments,
     assert error.startswith("error: ") and culprit in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "saved, message",
+    [
+        (lambda model: {k: v for k, v in model.items() if "res4" not in k}, "backbone parameters"),
+        (lambda model: {"unrelated.weight": torch.zeros(3)}, "backbone parameters"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_before_the_start(
+    tool, monkeypatch, tmp_path, capsys, saved, message
+):
+    with torch.device("meta"):
+        model = instantiate(LazyConfig.load(CONFIG).model)
+    state = saved({k: torch.zeros(v.shape) for k, v in model.state_dict().items()})
+    torch.save({"model": state}, tmp_path / "own.pth")
+    weights = f"train.init_checkpoint={tmp_path / 'own.pth'}"
+    output = tmp_path / "output"
+    arguments = ["--config-file", CONFIG, *HERE, weights, f"train.output_dir={output}"]
+    assert _run(tool, monkeypatch, *arguments) == 2
+    # The loggers that an earlier run has set up write elsewhere in this process.
+    errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
+    assert not output.exists()
 
 
 def test_a_broken_config_does_not_leave_its_import_behind(tmp_path):

@@ -15,96 +15,16 @@ CUDA: by the caching allocator), above what was live before it.
 
 import argparse
 import json
-import math
 import os
 import platform
-import statistics
 import sys
-import time
 
 import torch
+from benchmarks.layers import layer_mode, ws_mode
+from benchmarks.runner import Runner
+from benchmarks.steps import monitor_mode, step_mode
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-
-
-class Runner:
-    """Times callables by the options of the command line."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
-        self.device = torch.device(args.device)
-        self.cuda = self.device.type == "cuda"
-
-    def autocast(self):
-        """Context of one run: mixed precision where --amp asks for it."""
-        dtype = torch.float16 if self.cuda else torch.bfloat16
-        return torch.autocast(self.device.type, dtype=dtype, enabled=self.args.amp)
-
-    def once(self, run) -> float:
-        """Milliseconds of one run, by device events on a GPU."""
-        if self.cuda:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            with self.autocast():
-                run()
-            end.record()
-            end.synchronize()
-            return begin.elapsed_time(end)
-        clock = time.thread_time if self.args.cpu_time else time.perf_counter
-        begin = clock()
-        with self.autocast():
-            run()
-        return (clock() - begin) * 1e3
-
-    def rounds(self, runs: dict) -> dict[str, list[float]]:
-        """Times of each callable, interleaved, after warm-up rounds."""
-        times = {name: [] for name in runs}
-        for i in range(self.args.warmup + self.args.rounds):
-            for name, run in runs.items():
-                elapsed = self.once(run)
-                if i >= self.args.warmup:
-                    times[name].append(elapsed)
-        return times
-
-    def peak_bytes(self, run) -> int:
-        """Peak of the bytes that one run allocates and has not yet freed."""
-        if self.cuda:
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            with self.autocast():
-                run()
-            torch.cuda.synchronize()
-            return torch.cuda.max_memory_allocated() - before
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with (
-            torch.profiler.profile(activities=activities, profile_memory=True) as profile,
-            self.autocast(),
-        ):
-            run()
-        events = profile.profiler.kineto_results.events()
-        changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-        live = peak = 0
-        for _, change in sorted(changes, key=lambda c: c[0]):
-            live += change
-            peak = max(peak, live)
-        return peak
-
-
-def ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]:
-    """Median of the ratios within a round, and half their interquartile range."""
-    ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
-    spread = 0.0
-    if len(ratios) > 1:
-        low, _, high = statistics.quantiles(ratios, n=4)
-        spread = (high - low) / 2
-    return {"ratio": statistics.median(ratios), "spread": spread}
-
-
-def geometric_mean(values) -> float:
-    """Geometric mean of positive numbers."""
-    values = list(values)
-    return math.exp(sum(math.log(v) for v in values) / len(values))
+MODES = {"layer": layer_mode, "ws": ws_mode, "step": step_mode, "monitor": monitor_mode}
 
 
 def parse(argv) -> argparse.Namespace:
@@ -112,7 +32,7 @@ def parse(argv) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("mode", choices=("layer", "ws", "step", "monitor"))
+    parser.add_argument("mode", choices=MODES)
     parser.add_argument(
         "configs", nargs="*", help="step, monitor: YAML configs; ws: one (default R-50-FPN)"
     )
@@ -167,8 +87,6 @@ def hardware(args: argparse.Namespace) -> dict:
 
 def main(argv=None) -> int:
     """Runs the tool; returns the exit status."""
-    from benchmark_modes import MODES
-
     args = parse(argv)
     if args.cpu_time:
         args.threads = 1

@@ -4,7 +4,7 @@
 #
 #     ./tools/demo.sh [DIR [KEY VALUE ...]]     default DIR: output/demo
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/install/setup_env.sh"
 setup_env
 cd "$REPO_ROOT"
 
@@ -19,4 +19,4 @@ else
     echo "demo: training $config (about 12 minutes on two CPU cores)"
     "$ENV_PYTHON" tools/train_net.py --config-file "$config" --resume OUTPUT_DIR "$output" "$@"
 fi
-"$ENV_PYTHON" tools/demo.py --config-file "$config" OUTPUT_DIR "$output" "$@"
+"$ENV_PYTHON" tools/install/demo_report.py --config-file "$config" OUTPUT_DIR "$output" "$@"

@@ -6,7 +6,7 @@
 #
 # KEY VALUE go to both trainings.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/install/setup_env.sh"
 setup_env
 cd "$REPO_ROOT"
 
@@ -29,4 +29,4 @@ train() {
 train configs/shapes/classifier_R_18_bcn_ws.yaml "$output/classifier" "$@"
 weights=(MODEL.WEIGHTS "$output/classifier/model_final.pth")
 train "$detector" "$output/detector" "${weights[@]}" "$@"
-"$ENV_PYTHON" tools/demo.py --config-file "$detector" OUTPUT_DIR "$output/detector" "${weights[@]}" "$@"
+"$ENV_PYTHON" tools/install/demo_report.py --config-file "$detector" OUTPUT_DIR "$output/detector" "${weights[@]}" "$@"

@@ -4,7 +4,7 @@
 # coverage is only held against its threshold when the whole suite runs.
 # WSBCN_TEST_WORKERS  is the number of test processes (default 2).
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/install/setup_env.sh"
 setup_env dev
 cd "$REPO_ROOT"
 "$ENV_PYTHON" -m ruff check .

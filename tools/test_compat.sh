@@ -22,7 +22,7 @@ else
         exit 2
     }
     checkout="$(cd "$checkout" && pwd -P)"
-    source "$root/tools/setup_env.sh"
+    source "$root/tools/install/setup_env.sh"
     setup_env dev
     overlay="$root/.cache/compat"
     python="$overlay/bin/python"

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from detectron2.utils import comm
 
 from wsbcn_d2.engine import EstimateSync
-from wsbcn_d2.engine.launch import _create_local_group
+from wsbcn_d2.engine.processes import _create_local_group
 
 TIMEOUT = 300  # seconds; of use only against a stall
 

@@ -20,6 +20,8 @@ from detectron2.modeling.proposal_generator import proposal_utils
 from detectron2.structures import Boxes
 
 from wsbcn_d2 import data
+from wsbcn_d2.engine import Trainer, processes
+from wsbcn_d2.engine.trainer import train_net
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -58,9 +60,9 @@ def prepare(folder):
         assert len(record["annotations"]) >= 2
 
 
-def in_float64(train_net):
+def in_float64():
     """Makes the trainer's models float64, and Detectron2's float32 boxes fit in with that."""
-    stock_model = train_net.Trainer.build_model
+    stock_model = Trainer.build_model
     stock_nms, stock_pooler = proposal_utils.batched_nms, ROIPooler.forward
 
     def pooler(self, features, boxes):
@@ -69,7 +71,7 @@ def in_float64(train_net):
             item.tensor = item.tensor.double()  # the constructor would make it float32
         return stock_pooler(self, features, boxes)
 
-    train_net.Trainer.build_model = staticmethod(lambda cfg: stock_model(cfg).double())
+    Trainer.build_model = staticmethod(lambda cfg: stock_model(cfg).double())
     proposal_utils.batched_nms = lambda boxes, scores, *rest: stock_nms(
         boxes.float(), scores.float(), *rest
     )
@@ -78,25 +80,23 @@ def in_float64(train_net):
 
 def run_cases(args):
     prepare(args.folder)
-    train_net = load_train_net()
-    in_float64(train_net)
+    in_float64()
     common = list(args.opts)
     for case in args.cases:
         args.opts = [*common, *CASES[case], "OUTPUT_DIR", str(Path(args.folder) / case)]
-        train_net.main(args)
+        train_net(args)
 
 
 def main():
     folder, cases = sys.argv[1:3]
     prepare(folder)
-    train_net = load_train_net()
-    launch = train_net.launch
+    launch = processes.launch
 
     def launch_cases(_, args):
         args.folder, args.cases = folder, cases.split(",")
         return launch(run_cases, args)
 
-    train_net.launch = launch_cases
+    processes.launch = launch_cases
     options = [
         *TINY,
         *("DATASETS.TRAIN", "('two_images',)", "DATASETS.TEST", "()", "SEED", "7"),
@@ -107,7 +107,7 @@ def main():
     ]
     config = str(ROOT / "configs" / "shapes" / "mask_rcnn_R_18_FPN_bcn_ws.yaml")
     sys.argv = ["train_net.py", "--config-file", config, *sys.argv[3:], *options]
-    return train_net.cli()
+    return load_train_net().cli()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from wsbcn_d2 import data
-from wsbcn_d2.engine import UsageError, check_config, load_config
+from wsbcn_d2.engine import UsageError, check_config, load_config, processes
 
 CONFIG = ROOT / "configs" / "shapes" / "mask_rcnn_R_18_FPN_bcn_ws.yaml"
 GN_CONFIG = ROOT / "configs" / "shapes" / "mask_rcnn_R_18_FPN_gn.yaml"
@@ -32,7 +32,7 @@ def run(train_net, tiny_options, tmp_path, monkeypatch, capsys):
     def refused(*_, **__):
         raise AssertionError("the job was started")
 
-    monkeypatch.setattr(train_net, "launch", refused)
+    monkeypatch.setattr(processes, "launch", refused)
 
     def call(*options, config=CONFIG, flags=()):
         before = snapshot()

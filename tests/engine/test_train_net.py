@@ -87,7 +87,7 @@ def test_train_then_evaluate_the_same(command, train_net, tiny_options, tmp_path
     again = tmp_path / "again"
     argv = ["--config-file", CONFIG, "--eval-only", *tiny_options]
     argv += ["OUTPUT_DIR", str(again), "MODEL.WEIGHTS", str(output / "model_final.pth")]
-    results = train_net.main(default_argument_parser().parse_args(argv))
+    results = train_net.train_net(default_argument_parser().parse_args(argv))
     results_file = again / "inference" / "coco_instances_results.json"
     assert json.loads(results_file.read_text()) == predictions
     for task in ("bbox", "segm"):

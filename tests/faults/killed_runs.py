@@ -25,6 +25,7 @@ from detectron2.engine import HookBase
 from wsbcn_d2 import data
 from wsbcn_d2.checkpoint.atomic import PART_FILE
 from wsbcn_d2.checkpoint.reader import read_torch
+from wsbcn_d2.engine import trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -94,7 +95,7 @@ class Journal(HookBase):
         )
 
 
-class FixedOrderTrainer(train_net.Trainer):
+class FixedOrderTrainer(trainer.Trainer):
     """The project's trainer on data and random numbers that the iteration decides."""
 
     def __init__(self, cfg):
@@ -136,7 +137,7 @@ def start(output, resume, *more):
         log = os.open(f"{output}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        train_net.Trainer = FixedOrderTrainer
+        trainer.Trainer = FixedOrderTrainer
         config = str(ROOT / "configs" / "shapes" / "mask_rcnn_R_18_FPN_bcn_ws.yaml")
         sys.argv = ["train_net.py", "--config-file", config, *(["--resume"] if resume else [])]
         sys.argv += [*options(output), *more]

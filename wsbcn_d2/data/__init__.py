@@ -7,17 +7,20 @@ from .classification import (
     register_classification,
 )
 from .errors import ClassificationDataError, DataError
+from .nuclei import register_nuclei
 from .shapes import (
+    CLASSES,
     GENERATOR_VERSION,
+    Instance,
     ShapesDataError,
     ShapesSpec,
     default_root,
     ensure_shapes,
+    register_shapes,
+    register_shapes_split,
+    render_scene,
     write_shapes,
 )
-from .shapes_outline import CLASSES
-from .shapes_register import register_shapes, register_shapes_split
-from .shapes_render import Instance, render_scene
 
 __all__ = [
     "CLASSES",
@@ -33,6 +36,7 @@ __all__ = [
     "default_root",
     "ensure_shapes",
     "register_classification",
+    "register_nuclei",
     "register_shapes",
     "register_shapes_split",
     "render_scene",
@@ -41,3 +45,4 @@ __all__ = [
 
 register_shapes()
 register_classification()
+register_nuclei()

@@ -1,10 +1,11 @@
 """Training and evaluation on Detectron2's engine."""
 
-from .config import UsageError, check_config, load_config
+from ..config import UsageError, load_config
+from .checks import check_config
 from .evaluation import build_evaluator
 from .hooks import EstimateSync, UpdateRateSchedule
-from .launch import launch
 from .monitor import ChannelMonitor
+from .processes import launch
 from .trainer import Trainer
 
 __all__ = [

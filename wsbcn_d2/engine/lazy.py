@@ -5,6 +5,7 @@ import copy
 import difflib
 import logging
 import os
+from argparse import Namespace
 from collections.abc import Iterable
 
 import torch
@@ -17,12 +18,23 @@ from fvcore.nn.precise_bn import get_bn_modules
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..checkpoint import WSBCNCheckpointer
+from ..checkpoint import LoadExpectation, WSBCNCheckpointer
+from ..config import UsageError, one_line
 from ..layers import DEFAULT_UPDATE_RATE, skip_first_batch_init
-from .config import UsageError, check_batch, check_datasets, check_weights, one_line
-from .hooks import EstimateSync, UpdateRateSchedule
+from ..modeling.recomputation import recompute
+from .accumulate import accumulate
+from .checks import Keys, Setup, check_setup
+from .processes import set_up_process
+from .trainer import estimate_hooks
 
-__all__ = ["auto_scale", "check_lazy_config", "evaluate", "load_lazy_config", "train"]
+__all__ = [
+    "auto_scale",
+    "check_lazy_config",
+    "evaluate",
+    "load_lazy_config",
+    "train",
+    "train_net",
+]
 
 _PARTS = ("dataloader", "lr_multiplier", "model", "optimizer", "train")
 
@@ -91,34 +103,84 @@ def _check_keys(cfg: DictConfig, overrides: list[str]) -> None:
         raise UsageError(f"command-line override: the config has no {key!r}: {hint}")
 
 
-def check_lazy_config(cfg: DictConfig, *, world_size: int = 1, eval_only: bool = False) -> None:
-    """Refuse a config that training or evaluation would stumble over; writes nothing.
+_KEYS = Keys(
+    train="dataloader.train.dataset.names",
+    test="dataloader.test.dataset.names",
+    images="dataloader.train.total_batch_size",
+    reference="train.reference_world_size",
+    accumulate="train.accumulate",
+    recompute="train.recompute",
+    weights="train.init_checkpoint",
+    freeze="freeze_at of model.backbone",
+    estimates="train.bcn",
+)
+
+
+def check_lazy_config(
+    cfg: DictConfig, *, world_size: int = 1, eval_only: bool = False, resume: bool = False
+) -> None:
+    """:func:`wsbcn_d2.engine.checks.check_setup` of a Python config; writes nothing.
 
     Args:
         cfg: the config.
-        world_size: number of processes.
-        eval_only: leave out what concerns training alone.
+        world_size, eval_only, resume: see there.
 
     Raises:
-        UsageError: for the first thing found.
+        UsageError, CheckpointError, DataError: for the first thing found.
     """
-    if not eval_only:
-        check_datasets(_names(cfg, "train"), "dataloader.train.dataset.names")
-        check_batch(
-            cfg.dataloader.train.total_batch_size,
-            cfg.train.get("reference_world_size", 0),
-            world_size,
-            keys=("dataloader.train.total_batch_size", "train.reference_world_size"),
+
+    def training(model):
+        _check_milestones(cfg)
+        _built(cfg, "lr_multiplier")
+        optimizer = copy.deepcopy(cfg.optimizer)
+        optimizer.params.model = model
+        _built({"optimizer": optimizer}, "optimizer")
+
+    def expected(model):
+        for name in ("pixel_mean", "pixel_std"):  # the model has no numbers on the meta device
+            if name in cfg.model:
+                setattr(model, name, torch.tensor(list(cfg.model[name])))
+        return LoadExpectation.from_model(model)
+
+    setup = Setup(
+        _KEYS,
+        train=_names(cfg, "train"),
+        test=_names(cfg, "test"),
+        images=cfg.dataloader.train.total_batch_size,
+        reference=cfg.train.get("reference_world_size", 0),
+        accumulate=cfg.train.get("accumulate", 1),
+        recompute=cfg.train.get("recompute", []),
+        weights=cfg.train.init_checkpoint,
+        output_dir=cfg.train.output_dir,
+        estimates=_estimates(cfg),
+        model=lambda: _built(cfg, "model"),
+        training=training,
+        data=lambda train: None,
+        expected=expected,
+    )
+    check_setup(setup, world_size=world_size, eval_only=eval_only, resume=resume)
+
+
+def _check_milestones(cfg: DictConfig) -> None:
+    """Refuse steps of the learning rate after the end: a shortened length leaves them behind."""
+    steps = OmegaConf.select(cfg, "lr_multiplier.scheduler.milestones", default=None) or []
+    end = cfg.train.max_iter
+    late = [step for step in steps if step >= end]
+    if late:
+        raise UsageError(
+            f"train.max_iter {end} ends before lr_multiplier.scheduler.milestones {list(steps)}: "
+            "change both, for example lr_multiplier.scheduler.milestones="
+            f"[{','.join(str(step * end // (steps[-1] * 10 // 9)) for step in steps)}]"
         )
-        _check_built(cfg, "lr_multiplier")
-    check_datasets(_names(cfg, "test"), "dataloader.test.dataset.names")
-    check_weights(cfg.train.init_checkpoint, "train.init_checkpoint")
-    try:
-        _bcn_hooks(cfg)
-    except ValueError as error:
-        raise UsageError(f"train.bcn: {one_line(error)}") from error
-    with torch.device("meta"):
-        _check_built(cfg, "model")
+
+
+def _estimates(cfg: DictConfig) -> dict:
+    """``train.bcn`` as the arguments of :func:`estimate_hooks`."""
+    bcn = cfg.train.get("bcn", {})
+    names = {"update_rate": "rate", "update_rate_schedule": "schedule", "sync_estimates": "sync"}
+    names["monitor_period"] = "monitor_period"
+    options = {ours: bcn[theirs] for theirs, ours in names.items() if theirs in bcn}
+    return {"rate": DEFAULT_UPDATE_RATE, **options}
 
 
 def _names(cfg: DictConfig, split: str) -> list[str]:
@@ -126,9 +188,9 @@ def _names(cfg: DictConfig, split: str) -> list[str]:
     return list(names) if isinstance(names, (list, tuple, ListConfig)) else [names]
 
 
-def _check_built(cfg: DictConfig, part: str) -> None:
+def _built(cfg: DictConfig, part: str) -> object:
     try:
-        instantiate(cfg[part])
+        return instantiate(cfg[part])
     except (
         *(KeyError, ValueError, AssertionError, AttributeError, TypeError),
         OmegaConfBaseException,
@@ -171,15 +233,6 @@ def auto_scale(cfg: DictConfig, world_size: int) -> DictConfig:
     return cfg
 
 
-def _bcn_hooks(cfg: DictConfig) -> list:
-    bcn = cfg.train.get("bcn", {})
-    rate = bcn.get("update_rate", DEFAULT_UPDATE_RATE)
-    ours = [UpdateRateSchedule(rate, bcn.get("update_rate_schedule", "constant"))]
-    if bcn.get("sync_estimates", True):
-        ours.append(EstimateSync())
-    return ours
-
-
 def evaluate(cfg: DictConfig, model: torch.nn.Module) -> dict:
     """Run the config's evaluator on its test set.
 
@@ -212,7 +265,8 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict:
         dict: the last evaluation's results; empty on other processes than the first.
     """
     cfg = auto_scale(copy.deepcopy(cfg), comm.get_world_size())  # a model is put into it below
-    model = instantiate(cfg.model).to(cfg.train.device)
+    model = recompute(instantiate(cfg.model), cfg.train.get("recompute", []))
+    model.to(cfg.train.device)
     if not cfg.train.get("bcn", {}).get("first_batch_init", True):
         skip_first_batch_init(model)
     logging.getLogger(__name__).info(f"Model:\n{model}")
@@ -224,6 +278,7 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict:
         ddp["device_ids"] = None  # Detectron2 passes a GPU's index
     model = create_ddp_model(model, **ddp)
     trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
+    accumulate(trainer, cfg.train.get("accumulate", 1))
     checkpointer = WSBCNCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     trainer.register_hooks(_hooks(cfg, trainer, checkpointer))
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
@@ -244,7 +299,7 @@ def _hooks(cfg: DictConfig, trainer: SimpleTrainer, checkpointer: WSBCNCheckpoin
     result = [
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-        *_bcn_hooks(cfg),
+        *estimate_hooks(**_estimates(cfg)),
     ]
     if precise.get("enabled") and get_bn_modules(trainer.model):
         loader = instantiate(cfg.dataloader.train)  # one of its own, as in DefaultTrainer
@@ -258,3 +313,23 @@ def _hooks(cfg: DictConfig, trainer: SimpleTrainer, checkpointer: WSBCNCheckpoin
         writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
         result.append(hooks.PeriodicWriter(writers, period=cfg.train.log_period))
     return result
+
+
+def train_net(args: Namespace) -> dict:
+    """One process of ``tools/lazyconfig_train_net.py``: train, or evaluate with ``--eval-only``.
+
+    Args:
+        args: of :func:`detectron2.engine.default_argument_parser`.
+
+    Returns:
+        dict: the (last) evaluation's results; empty on other processes than the first.
+    """
+    cfg = load_lazy_config(args.config_file, args.opts)
+    set_up_process(cfg, args, cfg.train.output_dir, cfg.train.device)
+    if not args.eval_only:
+        return train(cfg, resume=args.resume)
+    model = instantiate(cfg.model).to(cfg.train.device)
+    WSBCNCheckpointer(model, cfg.train.output_dir).resume_or_load(
+        cfg.train.init_checkpoint, resume=args.resume
+    )
+    return evaluate(cfg, model)

@@ -5,25 +5,51 @@ import functools
 import logging
 import os
 import weakref
+from argparse import Namespace
 from collections import OrderedDict
 from unittest import mock
 
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, defaults, hooks
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import CheckpointError, LoadExpectation, WSBCNCheckpointer
+from ..config import load_config
 from ..data import classification_mapper, classification_test_loader
 from ..layers import skip_first_batch_init
+from ..modeling.recomputation import recompute
 from .accumulate import accumulate
 from .evaluation import build_evaluator
 from .hooks import EstimateSync, UpdateRateSchedule
 from .monitor import ChannelMonitor
+from .processes import set_up_process
 
-__all__ = ["Trainer"]
+__all__ = ["Trainer", "estimate_hooks", "train_net"]
+
+
+def estimate_hooks(
+    rate: float, schedule: str = "constant", sync: bool = True, monitor_period: int = 0
+) -> list[HookBase]:
+    """The hooks that look after running estimates, from a YAML or a Python config's options.
+
+    Args:
+        rate, schedule: ``MODEL.BCN.UPDATE_RATE`` and ``UPDATE_RATE_SCHEDULE``.
+        sync: ``MODEL.BCN.SYNC_ESTIMATES``.
+        monitor_period: ``MODEL.BCN.MONITOR_PERIOD``.
+
+    Raises:
+        ValueError: for a rate, schedule or period that there is none of.
+    """
+    result: list[HookBase] = [UpdateRateSchedule(rate, schedule)]
+    if sync:
+        result.append(EstimateSync())
+    if monitor_period:
+        result.append(ChannelMonitor(monitor_period))
+    return result
 
 
 def _ddp_for(device: str):
@@ -49,8 +75,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """Detectron2's model, its running estimates prepared as the config says."""
-        model = super().build_model(cfg)
+        """Detectron2's model, its running estimates and recomputation as the config says."""
+        model = recompute(super().build_model(cfg), cfg.MODEL.RECOMPUTE)
         return model if cfg.MODEL.BCN.FIRST_BATCH_INIT else skip_first_batch_init(model)
 
     @classmethod
@@ -77,15 +103,10 @@ class Trainer(DefaultTrainer):
             expected=LoadExpectation.from_cfg(self.cfg),
             trainer=weakref.proxy(self),
         )
-        ours: list[HookBase] = [
-            UpdateRateSchedule(
-                self.cfg.MODEL.BCN.UPDATE_RATE, self.cfg.MODEL.BCN.UPDATE_RATE_SCHEDULE
-            )
-        ]
-        if self.cfg.MODEL.BCN.SYNC_ESTIMATES:
-            ours.append(EstimateSync())
-        if self.cfg.MODEL.BCN.MONITOR_PERIOD:
-            ours.append(ChannelMonitor(self.cfg.MODEL.BCN.MONITOR_PERIOD))
+        bcn = self.cfg.MODEL.BCN
+        ours = estimate_hooks(
+            bcn.UPDATE_RATE, bcn.UPDATE_RATE_SCHEDULE, bcn.SYNC_ESTIMATES, bcn.MONITOR_PERIOD
+        )
         result = super().build_hooks()
         after = next(i for i, hook in enumerate(result) if isinstance(hook, hooks.LRScheduler))
         result[after + 1 : after + 1] = ours
@@ -145,3 +166,35 @@ class Trainer(DefaultTrainer):
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return OrderedDict((task + "_TTA", value) for task, value in results.items())
+
+
+def train_net(args: Namespace) -> OrderedDict | None:
+    """One process of ``tools/train_net.py``: train, or evaluate with ``--eval-only``.
+
+    Args:
+        args: of :func:`detectron2.engine.default_argument_parser`.
+
+    Returns:
+        OrderedDict: the (last) evaluation's results, on the first process.
+    """
+    cfg = load_config(args.config_file, args.opts)
+    set_up_process(cfg, args, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        expected = LoadExpectation.from_cfg(cfg)
+        WSBCNCheckpointer(model, cfg.OUTPUT_DIR, expected=expected).resume_or_load(
+            cfg.MODEL.WEIGHTS, resume=args.resume
+        )
+        results = Trainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(Trainer.test_with_TTA(cfg, model))
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    if cfg.TEST.AUG.ENABLED:
+        trainer.register_hooks(
+            [hooks.EvalHook(0, lambda: trainer.test_with_TTA(cfg, trainer.model))]
+        )
+    return trainer.train()

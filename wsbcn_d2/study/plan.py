@@ -31,6 +31,18 @@ _IGNORED = {
     "MODEL.BCN.MONITOR_PERIOD",
     "SOLVER.CHECKPOINT_PERIOD",
 }
+# Kept whatever their value where they have an effect, so that a record stays what it is when one of
+# their defaults moves. Other keys of these nodes count where they differ from the default: a run
+# is the same run after a key was added.
+_RECORDED = {
+    "MODEL.BCN.UPDATE_RATE",
+    "MODEL.BCN.UPDATE_RATE_SCHEDULE",
+    "MODEL.BCN.FIRST_BATCH_INIT",
+    "MODEL.BCN.SYNC_ESTIMATES",
+    "MODEL.WS.EPS",
+    "MODEL.WS.FORMULA",
+    "MODEL.WS.KIND",
+}
 _SCALED = ("IMS_PER_BATCH", "BASE_LR", "MAX_ITER", "STEPS", "WARMUP_ITERS", "CHECKPOINT_PERIOD")
 
 
@@ -95,17 +107,21 @@ def default_of(key: str):
 
 def _settings(cfg: CfgNode) -> dict:
     flat = flatten(cfg)
-    estimated = any(k.endswith(".NORM") and v in ("BCN", "EstBN") for k, v in flat.items())
-    names = [v for k, v in flat.items() if k.endswith(".NAME")]
-    standardized = any(str(name).startswith(("build_ws_", "WS")) for name in names)
-    # The keys that the study may move the defaults of are kept whatever they are, unless they
-    # have no effect: moving one must not make a GN run another run.
-    used = {"MODEL.BCN.": estimated, "MODEL.WS.": standardized}
-    result = {}
-    for key, value in flat.items():
-        kept = [use for prefix, use in used.items() if key.startswith(prefix)]
-        if (kept[0] if kept else value != default_of(key)) and key not in _IGNORED:
-            result[key] = value
+    norms = {str(value) for key, value in flat.items() if key.endswith(".NORM")}
+    names = {str(value) for key, value in flat.items() if key.endswith(".NAME")}
+    with_effect = {
+        "MODEL.BCN.": any(norm.endswith(("BCN", "EstBN")) for norm in norms),
+        "MODEL.WS.": any(name.startswith(("build_ws_", "WS")) for name in names)
+        or bool(flat.get("MODEL.WS.PARTS")),
+    }
+    idle = tuple(node for node, used in with_effect.items() if not used)
+    result = {
+        key: value
+        for key, value in flat.items()
+        if key not in _IGNORED
+        and not key.startswith(idle)
+        and (key in _RECORDED or value != default_of(key))
+    }
     result["SEED"] = cfg.SEED
     return result
 

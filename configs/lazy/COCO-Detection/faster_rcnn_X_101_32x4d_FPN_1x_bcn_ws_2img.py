@@ -1,5 +1,1 @@
-from ..common.zoo import build
-
-dataloader, lr_multiplier, model, optimizer, train = build(
-    "faster", "X-101", "bcn_ws", schedule="1x", images_per_gpu=2
-)
+../by_name.py

@@ -1,5 +1,1 @@
-from ..common.zoo import build
-
-dataloader, lr_multiplier, model, optimizer, train = build(
-    "mask", "R-50", "gn", schedule="2x", images_per_gpu=2
-)
+../by_name.py

@@ -14,6 +14,7 @@ from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
 from wsbcn_d2.engine import build_evaluator
+from wsbcn_d2.layers import DEFAULT_UPDATE_RATE
 
 GPUS = 4
 WARMUP_ITERS = 500
@@ -99,11 +100,12 @@ def train_options(*, weights, max_iter, precise_bn):
         log_period=20,
         precise_bn=dict(enabled=precise_bn, num_iter=200),
         bcn=dict(
-            update_rate=0.01,
+            update_rate=DEFAULT_UPDATE_RATE,
             update_rate_schedule="constant",
             first_batch_init=True,
             sync_estimates=True,
         ),
+        recompute=[],
         device="cuda",
         seed=-1,
     )

@@ -1,5 +1,7 @@
 """The zoo: detectors x backbones x variants x images per GPU."""
 
+import os
+import re
 from typing import NamedTuple
 
 from .backbone import resnet_fpn
@@ -62,6 +64,40 @@ _SCHEDULES = {
     "2x": (300000, 340000, 360000),  # 20-23-24 epochs
     "3x": (420000, 500000, 540000),
 }
+_NAME = re.compile(
+    r"(?P<detector>mask|faster|cascade_mask|retinanet)(_rcnn)?_(?P<backbone>[RX]_\d+)(_32x4d)?_FPN"
+    r"_(?P<schedule>\dx)_(?P<variant>\w+)_(?P<images>[12])img(\.py)?"
+)
+
+
+def by_name(path):
+    """The experiment that a name describes.
+
+    Args:
+        path: ends in a name of ``configs/COCO-Detection`` or ``configs/COCO-InstanceSegmentation``,
+            such as ``mask_rcnn_R_50_FPN_2x_bcn_ws_1img``.
+
+    Returns:
+        tuple: as :func:`build`.
+
+    Raises:
+        ValueError: for a name that describes none.
+    """
+    name = os.path.basename(path)
+    match = _NAME.fullmatch(name)
+    try:
+        return build(
+            match["detector"],
+            match["backbone"].replace("_", "-"),
+            match["variant"],
+            schedule=match["schedule"],
+            images_per_gpu=int(match["images"]),
+        )
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            f"no experiment {name!r}: DETECTOR_BACKBONE_FPN_SCHEDULE_VARIANT_IMAGESimg, as in "
+            "mask_rcnn_R_50_FPN_2x_bcn_ws_1img, with a variant of " + ", ".join(_VARIANTS)
+        ) from error
 
 
 def build(detector, backbone, variant, *, schedule, images_per_gpu):

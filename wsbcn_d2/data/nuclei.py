@@ -1,0 +1,42 @@
+"""Registers "nuclei": microscopy images of cell nuclei, prepared by ``tools/prepare_nuclei.py``.
+
+The set is stage1_train of the 2018 Data Science Bowl (BBBC038v1, Broad Institute, CC0 1.0).
+"""
+
+import os
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+__all__ = ["NUCLEI_SOURCE", "register_nuclei"]
+
+NUCLEI_SOURCE = "https://bbbc.broadinstitute.org/BBBC038"
+
+
+def register_nuclei(root: str | os.PathLike | None = None) -> None:
+    """Registers ``nuclei_train`` and ``nuclei_val``; called once when `wsbcn_d2.data` is imported.
+
+    Files are looked for when a set is loaded: ``nuclei/annotations/{train,val}.json`` and pictures
+    in ``nuclei/{train,val}``. Masks are RLE: configs need ``INPUT.MASK_FORMAT: "bitmask"``.
+
+    Args:
+        root: folder that holds data sets; ``$DETECTRON2_DATASETS`` as it is now, or
+            ``./datasets``, by default. Another root than last time replaces the registration.
+    """
+    root = os.getenv("DETECTRON2_DATASETS", "datasets") if root is None else os.fspath(root)
+    folder = os.path.join(os.path.expanduser(root), "nuclei")
+    for split in ("train", "val"):
+        name = f"nuclei_{split}"
+        if name in DatasetCatalog.list():
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        register_coco_instances(
+            name,
+            {
+                "thing_classes": ["nucleus"],
+                "how_to_get": f"get stage1_train.zip (CC0) from {NUCLEI_SOURCE}, run "
+                "tools/prepare_nuclei.py stage1_train.zip",
+            },
+            os.path.join(folder, "annotations", f"{split}.json"),
+            os.path.join(folder, split),
+        )
