@@ -62,8 +62,7 @@ def get_checkpoint_url(config_path: str) -> str:
     path = get_config_file(config_path)
     if Path(config_path).parts[0] != _PUBLISHED:
         raise RuntimeError(
-            f"Pretrained model for {config_path} is not available! There are those of "
-            f"{_PUBLISHED}/"
+            f"Pretrained model for {config_path} is not available! There are those of {_PUBLISHED}/"
         )
     cfg = get_cfg()
     cfg.merge_from_file(path)

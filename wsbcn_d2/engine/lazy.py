@@ -4,7 +4,6 @@ import builtins
 import copy
 import difflib
 import logging
-import os
 from argparse import Namespace
 from collections.abc import Iterable
 
@@ -237,18 +236,14 @@ def evaluate(cfg: DictConfig, model: torch.nn.Module) -> dict:
     """Run the config's evaluator on its test set.
 
     Args:
-        cfg: the config; an evaluator's ``output_folder`` of None becomes
-            ``train.output_dir``/inference in it.
+        cfg: the config.
         model: the detector.
 
     Returns:
         dict: results by task; empty on other processes than the first.
     """
-    evaluator = cfg.dataloader.evaluator
-    if "output_folder" in evaluator and evaluator.output_folder is None:
-        evaluator.output_folder = os.path.join(cfg.train.output_dir, "inference")
     loader = instantiate(cfg.dataloader.test)
-    results = inference_on_dataset(model, loader, instantiate(evaluator)) or {}
+    results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator)) or {}
     if results:
         print_csv_format(results)
     return results
