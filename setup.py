@@ -22,6 +22,7 @@ REQUIRES = [
     "matplotlib>=3.5",
     "omegaconf>=2.1",
     "packaging>=21.0",
+    "scipy>=1.9",
     "tabulate>=0.8",
     "tensorboard>=2.8",
     "termcolor>=1.1",

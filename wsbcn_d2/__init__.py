@@ -7,13 +7,13 @@ Normalization and Weight Standardization*, Qiao et al., arXiv 1903.10520v2.
 Where to look, bottom to top; nothing imports from further down this list:
 
 - whole files, locks, progress bars: ``wsbcn_d2/files.py`` (replacing)
-- the formulas of weight standardization: ``wsbcn_d2/layers/ws_conv.py`` (standardize_weight)
-- the convolution that uses them: ``wsbcn_d2/layers/ws_conv.py`` (WSConv2d)
-- weight normalization and centred weight normalization: ``wsbcn_d2/layers/reparam.py``
+- the formulas of WS: ``wsbcn_d2/layers/weight_standardization.py`` (standardize_weight)
+- the convolution that uses them: ``wsbcn_d2/layers/weight_standardization.py`` (WSConv2d)
+- weight normalization and centred weight normalization: ``wsbcn_d2/layers/weight_normalization.py``
 - the norm on running estimates: ``wsbcn_d2/layers/estimated_batch_norm.py`` (EstimatedBatchNorm2d)
 - batch-channel normalization: ``wsbcn_d2/layers/batch_channel_norm.py`` (BatchChannelNorm2d)
-- a norm's name in a config: ``wsbcn_d2/layers/norm.py`` (NORM_REGISTRY)
-- how the layers run fast: ``wsbcn_d2/layers/fused_bcn.py``
+- a norm's name in a config: ``wsbcn_d2/layers/registry.py`` (NORM_REGISTRY)
+- how the layers run fast: ``wsbcn_d2/layers/kernels/dispatch.py``
 - a config key: ``wsbcn_d2/config.py`` (add_wsbcn_config)
 - a model without WS and BCN that computes the same: ``wsbcn_d2/folding.py`` (fold)
 - a backbone's name in a config: ``wsbcn_d2/modeling/backbone.py`` (build_ws_resnet_backbone)

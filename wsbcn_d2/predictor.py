@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from .checkpoint import CheckpointError, LoadExpectation, WSBCNCheckpointer
-from .engine.config import UsageError, load_config, one_line
+from .config import UsageError, load_config, one_line
 from .engine.lazy import load_lazy_config
 from .folding import fold as folded
 

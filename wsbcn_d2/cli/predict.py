@@ -31,8 +31,8 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 
+from ..config import one_line
 from ..engine import UsageError
-from ..engine.config import one_line
 from ..engine.processes import one_line_errors
 from ..files import progress, replacing
 from ..predictor import Predictor

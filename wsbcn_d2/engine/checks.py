@@ -20,12 +20,12 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..checkpoint import LoadExpectation, WSBCNCheckpointer
+from ..config import UsageError, one_line
 from ..data import classification_mapper
 from ..modeling.recomputation import modules_named
-from .config import UsageError, one_line
 from .trainer import estimate_hooks
 
-__all__ = ["Keys", "Setup", "check_config", "check_setup"]
+__all__ = ["Keys", "Setup", "check_config", "check_datasets", "check_setup"]
 
 _WRONG_MODEL = (KeyError, ValueError, AssertionError, AttributeError, TypeError, IndexError)
 
@@ -100,9 +100,9 @@ def check_setup(
     """
     keys = setup.keys
     if not eval_only:
-        _check_datasets(setup.train, keys.train)
+        check_datasets(setup.train, keys.train)
         _check_batch(setup, world_size)
-    _check_datasets(setup.test, keys.test)
+    check_datasets(setup.test, keys.test)
     weights = setup.weights
     resumes = resume and PathManager.exists(os.path.join(setup.output_dir, "last_checkpoint"))
     if resumes:
@@ -177,8 +177,16 @@ def check_config(
     check_setup(setup, world_size=world_size, eval_only=eval_only, resume=resume)
 
 
-def _check_datasets(names: Iterable[str], key: str) -> None:
-    """Refuse unknown dataset names and registered datasets whose files are absent."""
+def check_datasets(names: Iterable[str], key: str) -> None:
+    """Refuse unknown dataset names and registered datasets whose files are absent.
+
+    Args:
+        names: of data sets.
+        key: the config key they come from.
+
+    Raises:
+        UsageError: naming the dataset, where its files were looked for, and the mend.
+    """
     for name in names:
         if name not in DatasetCatalog.list():
             close = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)

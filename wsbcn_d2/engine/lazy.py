@@ -18,11 +18,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..checkpoint import LoadExpectation, WSBCNCheckpointer
+from ..config import UsageError, one_line
 from ..layers import DEFAULT_UPDATE_RATE, skip_first_batch_init
 from ..modeling.recomputation import recompute
 from .accumulate import accumulate
 from .checks import Keys, Setup, check_setup
-from .config import UsageError, one_line
 from .processes import set_up_process
 from .trainer import estimate_hooks
 

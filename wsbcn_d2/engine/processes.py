@@ -16,8 +16,8 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from ..checkpoint import CheckpointError
+from ..config import UsageError
 from ..data import DataError
-from .config import UsageError
 
 __all__ = [
     "is_python",

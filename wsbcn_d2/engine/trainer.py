@@ -18,11 +18,11 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import CheckpointError, LoadExpectation, WSBCNCheckpointer
+from ..config import load_config
 from ..data import classification_mapper, classification_test_loader
 from ..layers import skip_first_batch_init
 from ..modeling.recomputation import recompute
 from .accumulate import accumulate
-from .config import load_config
 from .evaluation import build_evaluator
 from .hooks import EstimateSync, UpdateRateSchedule
 from .monitor import ChannelMonitor
