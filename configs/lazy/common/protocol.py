@@ -107,6 +107,7 @@ def train_options(*, weights, max_iter, precise_bn):
             sync_estimates=True,
         ),
         recompute=[],
+        on_resume="checkpoint",
         device="cuda",
         seed=-1,
     )
