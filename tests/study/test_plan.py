@@ -121,7 +121,7 @@ def test_moving_a_default_of_bcn_leaves_gn_runs_finished(monkeypatch):
         cfg.MODEL.BCN.UPDATE_RATE = 0.005
         return cfg
 
-    monkeypatch.setattr("wsbcn_d2.engine.config.get_cfg", moved)
+    monkeypatch.setattr("wsbcn_d2.config.get_cfg", moved)
     monkeypatch.setattr("wsbcn_d2.study.plan._defaults", flatten(moved()))
     found = {run.variant: matching(run, records) is not None for run in make_plan(configs)}
     assert found == {"gn": True, "bcn_ws": False}
@@ -198,7 +198,7 @@ def test_a_new_key_at_its_default_leaves_a_run_what_it_is(variant, monkeypatch):
         cfg.NEW_KEY = "x"
         return cfg
 
-    monkeypatch.setattr("wsbcn_d2.engine.config.get_cfg", grown)
+    monkeypatch.setattr("wsbcn_d2.config.get_cfg", grown)
     monkeypatch.setattr("wsbcn_d2.study.plan._defaults", flatten(grown()))
     (after,) = make_plan({variant: CONFIGS[variant]})
     assert (after.settings, after.name) == (before.settings, before.name)

@@ -1,7 +1,7 @@
 """Training and evaluation on Detectron2's engine."""
 
+from ..config import UsageError, load_config
 from .checks import check_config
-from .config import UsageError, load_config
 from .evaluation import build_evaluator
 from .hooks import EstimateSync, UpdateRateSchedule
 from .monitor import ChannelMonitor

@@ -20,11 +20,12 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ..checkpoint import LoadExpectation, WSBCNCheckpointer
+from ..config import UsageError, one_line
 from ..data import classification_mapper
-from .config import UsageError, one_line
+from ..modeling.recomputation import modules_named
 from .trainer import estimate_hooks
 
-__all__ = ["Keys", "Setup", "check_config", "check_setup"]
+__all__ = ["Keys", "Setup", "check_config", "check_datasets", "check_setup"]
 
 _WRONG_MODEL = (KeyError, ValueError, AssertionError, AttributeError, TypeError, IndexError)
 
@@ -38,7 +39,9 @@ class Keys:
     images: str = "SOLVER.IMS_PER_BATCH"
     reference: str = "SOLVER.REFERENCE_WORLD_SIZE"
     accumulate: str = "SOLVER.ACCUMULATE"
+    recompute: str = "MODEL.RECOMPUTE"
     weights: str = "MODEL.WEIGHTS"
+    freeze: str = "MODEL.BACKBONE.FREEZE_AT"
     estimates: str = "MODEL.BCN"
 
 
@@ -52,6 +55,7 @@ class Setup:
         images: per step, over all processes.
         reference: number of processes that ``images`` is meant for; 0 for any.
         accumulate: micro-batches that a process's images are split into.
+        recompute: patterns of modules to recompute in backward.
         weights: path, URL or "".
         output_dir: where a checkpoint to resume from would be.
         estimates: keyword arguments of :func:`estimate_hooks`.
@@ -67,6 +71,7 @@ class Setup:
     images: int
     reference: int
     accumulate: int
+    recompute: Iterable[str]
     weights: str
     output_dir: str
     estimates: dict
@@ -95,11 +100,12 @@ def check_setup(
     """
     keys = setup.keys
     if not eval_only:
-        _check_datasets(setup.train, keys.train)
+        check_datasets(setup.train, keys.train)
         _check_batch(setup, world_size)
-    _check_datasets(setup.test, keys.test)
+    check_datasets(setup.test, keys.test)
     weights = setup.weights
-    if resume and PathManager.exists(os.path.join(setup.output_dir, "last_checkpoint")):
+    resumes = resume and PathManager.exists(os.path.join(setup.output_dir, "last_checkpoint"))
+    if resumes:
         weights = ""
     _check_weights(weights, keys.weights)
     try:
@@ -108,7 +114,13 @@ def check_setup(
         raise UsageError(f"{keys.estimates}: {one_line(error)}") from error
     model = _on_meta(setup.model)
     if not eval_only:
+        if not weights and not resumes:
+            _check_frozen(model, keys)
         setup.training(model)
+        try:
+            modules_named(model, setup.recompute)
+        except ValueError as error:
+            raise UsageError(f"{keys.recompute}: {one_line(error)}") from error
     if weights and "://" not in weights:  # others are fetched, and checked then
         WSBCNCheckpointer(model, expected=setup.expected(model)).check(weights)
     setup.data(not eval_only)
@@ -149,6 +161,7 @@ def check_config(
         images=cfg.SOLVER.IMS_PER_BATCH,
         reference=cfg.SOLVER.REFERENCE_WORLD_SIZE,
         accumulate=cfg.SOLVER.ACCUMULATE,
+        recompute=cfg.MODEL.RECOMPUTE,
         weights=cfg.MODEL.WEIGHTS,
         output_dir=cfg.OUTPUT_DIR,
         estimates={
@@ -164,8 +177,16 @@ def check_config(
     check_setup(setup, world_size=world_size, eval_only=eval_only, resume=resume)
 
 
-def _check_datasets(names: Iterable[str], key: str) -> None:
-    """Refuse unknown dataset names and registered datasets whose files are absent."""
+def check_datasets(names: Iterable[str], key: str) -> None:
+    """Refuse unknown dataset names and registered datasets whose files are absent.
+
+    Args:
+        names: of data sets.
+        key: the config key they come from.
+
+    Raises:
+        UsageError: naming the dataset, where its files were looked for, and the mend.
+    """
     for name in names:
         if name not in DatasetCatalog.list():
             close = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
@@ -215,6 +236,17 @@ def _check_weights(weights: str, key: str) -> None:
     if not PathManager.isfile(path):
         raise UsageError(
             f"{key} {path!r} not found: give the path of a checkpoint, or '' to train from scratch"
+        )
+
+
+def _check_frozen(model: nn.Module, keys: Keys) -> None:
+    """Refuse to train on layers that stay as they were drawn at random."""
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad and p.dim() > 1]
+    if frozen:
+        raise UsageError(
+            f"{keys.weights} '' leaves {len(frozen)} frozen layers at random values, "
+            f"{frozen[0].removesuffix('.weight')!r} first: give weights, or train all, "
+            f"{keys.freeze} 0"
         )
 
 

@@ -18,10 +18,11 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import CheckpointError, LoadExpectation, WSBCNCheckpointer
+from ..config import load_config
 from ..data import classification_mapper, classification_test_loader
 from ..layers import skip_first_batch_init
+from ..modeling.recomputation import recompute
 from .accumulate import accumulate
-from .config import load_config
 from .evaluation import build_evaluator
 from .hooks import EstimateSync, UpdateRateSchedule
 from .monitor import ChannelMonitor
@@ -74,8 +75,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """Detectron2's model, its running estimates prepared as the config says."""
-        model = super().build_model(cfg)
+        """Detectron2's model, its running estimates and recomputation as the config says."""
+        model = recompute(super().build_model(cfg), cfg.MODEL.RECOMPUTE)
         return model if cfg.MODEL.BCN.FIRST_BATCH_INIT else skip_first_batch_init(model)
 
     @classmethod

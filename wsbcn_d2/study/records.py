@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from ..engine.evaluation import has_compiled_ops
-from ..engine.visualize import read_metrics
 from ..files import replacing
+from .curves import read_metrics
 from .plan import WEIGHTS, Run, default_of
 
 __all__ = ["find_records", "make_record", "matching", "write_record"]

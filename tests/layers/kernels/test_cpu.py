@@ -11,10 +11,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from wsbcn_d2 import BatchChannelNorm2d, standardize_weight
-from wsbcn_d2.layers import kernels
-from wsbcn_d2.layers.backend import backend_for
-
-CPU = torch.device("cpu")
+from wsbcn_d2.layers.kernels import build, cpu
+from wsbcn_d2.layers.kernels.dispatch import backend_name, bcn_backend, ws_backend
 
 
 @pytest.fixture
@@ -22,31 +20,43 @@ def fresh(monkeypatch, tmp_path):
     """An empty cache folder, and nothing loaded."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("WSBCN_FUSED", raising=False)
-    kernels.load_kernels.cache_clear()
+    cpu._libraries.clear()
     yield tmp_path / "wsbcn_d2"
-    kernels.load_kernels.cache_clear()
+    cpu._libraries.clear()
+
+
+def serving(dtype):
+    """The backends of a BCN and of a weight of one type on a CPU."""
+    norm = BatchChannelNorm2d(8, 4).to(dtype)
+    bn = norm.bn
+    tensors = (norm.weight, norm.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    x = torch.randn(1, 8, 2, 2, dtype=dtype)
+    return bcn_backend(x, *tensors, bn.num_batches_tracked), ws_backend(x)
 
 
 def test_they_are_what_a_cpu_runs_by_default(monkeypatch):
     monkeypatch.delenv("WSBCN_FUSED", raising=False)
-    assert backend_for(CPU, torch.float32) == backend_for(CPU, torch.float64) == "cpp"
-    monkeypatch.setenv("WSBCN_FUSED", "native")
-    assert backend_for(CPU, torch.float32) == "native"
+    assert serving(torch.float32) == serving(torch.float64) == (cpu, cpu)
+    monkeypatch.setenv("WSBCN_FUSED", "off")
+    assert serving(torch.float32) == (None, None)
+    assert backend_name(torch.ones(1)) == "off"
     monkeypatch.setenv("WSBCN_FUSED", "cpp")
-    assert backend_for(torch.device("cuda"), torch.float32) == "native"
+    assert backend_name(torch.ones(1)) == "cpp"
+    assert backend_name(torch.ones(1, device="meta")) == "off"
+    assert ws_backend(torch.ones(2, 3, 1, 1, device="meta")) is None
 
 
 def test_a_build_is_kept_and_used_again(fresh, monkeypatch):
-    assert kernels.load_kernels(torch.float32)
+    assert cpu.load_kernels(torch.float32)
     (made,) = fresh.iterdir()  # nothing else is left
     assert made.name.startswith("kernels-float-")
     written = made.stat().st_mtime_ns
-    kernels.load_kernels.cache_clear()
-    assert kernels.load_kernels(torch.float32)
+    cpu._libraries.clear()
+    assert cpu.load_kernels(torch.float32)
     assert made.stat().st_mtime_ns == written
-    kernels.load_kernels.cache_clear()
-    monkeypatch.setattr(kernels, "_processor", lambda: "another processor of the same cluster")
-    assert kernels.load_kernels(torch.float32)
+    cpu._libraries.clear()
+    monkeypatch.setattr(build, "_processor", lambda: "another processor of the same cluster")
+    assert cpu.load_kernels(torch.float32)
     assert len(list(fresh.iterdir())) == 2
 
 
@@ -60,7 +70,7 @@ def _homeless():
 def test_without_them_the_results_are_the_same(fresh, monkeypatch, caplog, case):
     if case == "no compiler":
         monkeypatch.delenv("CXX", raising=False)
-        monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+        monkeypatch.setattr(build.shutil, "which", lambda name: None)
     elif case == "failing compiler":
         script = fresh.parent / "compiler"
         script.write_text(
@@ -75,7 +85,7 @@ def test_without_them_the_results_are_the_same(fresh, monkeypatch, caplog, case)
         monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     else:
         monkeypatch.delenv("XDG_CACHE_HOME")
-        monkeypatch.setattr(kernels.Path, "home", _homeless)
+        monkeypatch.setattr(build.Path, "home", _homeless)
     reasons = {
         "no compiler": "no C++ compiler",
         "failing compiler": "x: error: 42",
@@ -85,22 +95,25 @@ def test_without_them_the_results_are_the_same(fresh, monkeypatch, caplog, case)
     }
     norm, x = BatchChannelNorm2d(8, 4), torch.randn(2, 8, 5, 5, requires_grad=True)
     weight = torch.randn(4, 3, 3, 3)
-    with caplog.at_level(logging.INFO, logger="wsbcn_d2.layers.kernels"):
+    with caplog.at_level(logging.WARNING, logger="wsbcn_d2.layers.kernels"):
         found = norm(x), standardize_weight(weight)
         norm(x)
-    assert backend_for(CPU, torch.float32) == "native"
+        norm.double()(x.double())
+    assert serving(torch.float32) == serving(torch.float64) == (None, None)
+    assert backend_name(torch.ones(1)) == "off"
     (message,) = [r.getMessage() for r in caplog.records if "no C++ kernels" in r.getMessage()]
+    assert "5 times the time" in message
     assert reasons[case] in message
-    kernels.load_kernels.cache_clear()
+    cpu._libraries.clear()
     monkeypatch.undo()
     again = BatchChannelNorm2d(8, 4)
-    assert backend_for(CPU, torch.float32) == "cpp"
+    assert serving(torch.float32) == (cpu, cpu)
     assert_close(found, (again(x), standardize_weight(weight)))
 
 
 def test_processes_that_build_at_the_same_time_all_load(tmp_path):
     code = (
-        "import torch; from wsbcn_d2.layers.kernels import load_kernels;"
+        "import torch; from wsbcn_d2.layers.kernels.cpu import load_kernels;"
         "assert load_kernels(torch.float32)"
     )
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
@@ -115,7 +128,7 @@ def test_tensors_that_a_kernel_would_misread_are_not_given_to_it(monkeypatch, br
     monkeypatch.setenv("WSBCN_FUSED", "cpp")
     norm, x = BatchChannelNorm2d(8, 4).eval(), torch.randn(2, 8, 5, 5)
     called = []
-    monkeypatch.setattr(kernels, "bcn_forward", lambda *args: called.append(args))
+    monkeypatch.setattr(cpu, "bcn_forward", lambda *args: called.append(args))
     if break_ == "type":
         norm.bn.bias = nn.Parameter(norm.bn.bias.detach().double())
     elif break_ == "size":
@@ -132,7 +145,7 @@ def test_tensors_that_a_kernel_would_misread_are_not_given_to_it(monkeypatch, br
 def test_bits_do_not_depend_on_the_number_of_threads(monkeypatch):
     monkeypatch.setenv("WSBCN_FUSED", "cpp")
     x, weight = torch.randn(2, 8, 60, 60), torch.randn(64, 64, 3, 3)
-    assert x.numel() > kernels._GRAIN and weight.numel() > kernels._GRAIN
+    assert x.numel() > cpu._GRAIN and weight.numel() > cpu._GRAIN
 
     def run(threads):
         torch.set_num_threads(threads)
@@ -170,9 +183,9 @@ def test_moments_of_rows_whose_mean_is_large(mean, size):
     """The sums' rounding moves the centre of a block; its variance must not feel that."""
     x = mean + 0.02 * torch.randn(1, 8, 1, size)
     ones, zeros = torch.ones(8), torch.zeros(8)
-    rows = kernels.bcn_forward(
-        x, ones[:4], zeros[:4], ones, zeros, zeros, ones, None, 1e-5, None, 1e-5
-    )[1:3]
+    _, rows = cpu.bcn_forward(
+        x, ones[:4], zeros[:4], ones, zeros, zeros, ones, None, 1e-5, None, 1e-5, None
+    )
     var, expected = torch.var_mean(x.double()[:, :, 0], dim=2, correction=0)
     assert_close(rows[0].double(), expected, rtol=1e-6, atol=1e-7)
     assert_close(rows[1].double(), var, rtol=1e-4, atol=1e-12)

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .conversion import normalized_convs
-from .fused_ws import fused_standardize, takes
-from .recomputed_conv import ReparametrizedConv2d
+from .kernels.autograd import fused_standardize
+from .kernels.dispatch import ws_backend
+from .reparametrized_conv import ReparametrizedConv2d, autocast_dtype, normalized_convs
 
 __all__ = ["WS_FORMULAS", "WSConv2d", "standardize_weight"]
 
@@ -67,38 +67,39 @@ def standardize_weight(
 
 # Apart, because TorchScript takes no keyword-only arguments with defaults, nor the checks.
 def _standardize(weight: torch.Tensor, formula: str, eps: float) -> torch.Tensor:
-    dtype = weight.dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        weight = weight.float()
-    # A filter's elements count alike, so a channels_last weight is standardized as it lies.
-    last = not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
-    if last:
-        weight = weight.permute(0, 2, 3, 1)
     if torch.jit.is_scripting():
-        out = standardize_filters(weight.flatten(1), formula, eps).reshape(weight.shape)
-    elif takes(weight):
-        out = fused_standardize(weight, formula, eps)
-    else:
-        out = standardize_filters(weight.flatten(1), formula, eps).reshape(weight.shape)
-    if last:
-        out = out.permute(0, 3, 1, 2)
-    return out.to(dtype)
+        return readable(weight, formula, eps)
+    return _standardize_as(weight, formula, eps, None)
 
 
-def standardize_filters(filters: torch.Tensor, formula: str, eps: float) -> torch.Tensor:
-    """The readable form of :func:`standardize_weight`: rows of shape (C_out, n), float32 up."""
+@torch.jit.unused
+def _standardize_as(weight: torch.Tensor, formula: str, eps: float, dtype: torch.dtype | None):
+    backend = ws_backend(weight)
+    if backend is not None:
+        return fused_standardize(backend, readable, weight, formula, eps, dtype)
+    out = readable(weight, formula, eps)
+    return out if dtype is None else out.to(dtype)
+
+
+def readable(weight: torch.Tensor, formula: str, eps: float) -> torch.Tensor:
+    """The readable form of :func:`standardize_weight`."""
+    filters = weight.flatten(1)
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        filters = filters.float()
     c_out, fan_in = filters.shape
     # Bessel's correction turns the biased variance v into v * correction.
     correction = fan_in / (fan_in - 1)
     if formula == "unbiased_std":
         centred = filters - filters.mean(dim=1, keepdim=True)
         norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
-        return centred / (norm / math.sqrt(fan_in - 1) + eps)
-    # A group norm with one group per filter is one fused kernel.
-    scale = 1.0
-    if formula == "unbiased":
-        eps, scale = eps / correction, math.sqrt(1 / correction)
-    return F.group_norm(filters.reshape(1, c_out, fan_in), c_out, eps=eps)[0] * scale
+        out = centred / (norm / math.sqrt(fan_in - 1) + eps)
+    else:
+        # A group norm with one group per filter is one fused kernel.
+        scale = 1.0
+        if formula == "unbiased":
+            eps, scale = eps / correction, math.sqrt(1 / correction)
+        out = F.group_norm(filters.reshape(1, c_out, fan_in), c_out, eps=eps)[0] * scale
+    return out.reshape(weight.shape).to(weight.dtype)
 
 
 def _check_filters(weight: torch.Tensor, formula: str) -> None:
@@ -119,7 +120,7 @@ class WSConv2d(ReparametrizedConv2d):
     """Detectron2's ``Conv2d`` (with ``norm`` and ``activation``) on standardized weights.
 
     Parameters and state-dict keys are those of the parent: the raw weight is stored, and
-    standardized at each use, in backward too (:mod:`.recomputed_conv`).
+    standardized at each use (:mod:`.reparametrized_conv`).
     """
 
     ws_formula: Final[str]
@@ -141,8 +142,15 @@ class WSConv2d(ReparametrizedConv2d):
         self.ws_eps = ws_eps
 
     def used_weight(self) -> torch.Tensor:
-        """The standardized weight."""
-        return _standardize(self.weight, self.ws_formula, self.ws_eps)
+        """The standardized weight, under autocast in the type in which it is read."""
+        if torch.jit.is_scripting():
+            return readable(self.weight, self.ws_formula, self.ws_eps)
+        return self._used_weight()
+
+    @torch.jit.unused
+    def _used_weight(self):
+        dtype = autocast_dtype(self.weight)
+        return _standardize_as(self.weight, self.ws_formula, self.ws_eps, dtype)
 
     @torch.jit.unused
     def _recipe(self):

@@ -21,9 +21,8 @@ import torch
 from detectron2.layers import Conv2d
 from torch import nn
 
-from .conversion import normalized_convs
-from .recomputed_conv import ReparametrizedConv2d
-from .ws_conv import WSConv2d
+from .reparametrized_conv import ReparametrizedConv2d, normalized_convs
+from .weight_standardization import WSConv2d
 
 __all__ = ["WS_KINDS", "CWNConv2d", "WNConv2d", "convert_convs", "normalize_weight"]
 

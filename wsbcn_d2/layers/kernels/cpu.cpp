@@ -1,7 +1,7 @@
-// BCN and WS on a CPU: forward and backward, every number is fetched from memory once. kernels.py
-// builds this file, once for each type REAL, and calls it.
+// BCN and WS on a CPU: forward and backward, every number is fetched from memory once. build.py
+// builds this file, once for each type REAL, and cpu.py calls it.
 //
-// The formulas and their names are those of fused_bcn.py and fused_ws.py. A row is one channel of
+// The formulas and their names are those of autograd.py. A row is one channel of
 // one sample, or one filter. Sums run in REAL within blocks and in double over blocks; variances
 // are of centred values, so a large mean costs no accuracy. A group of channels is one task: its
 // moments, its estimates and its output need nothing of other groups.

@@ -11,24 +11,17 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from wsbcn_d2 import BatchChannelNorm2d
-from wsbcn_d2.layers import fused_bcn
 
 # (N, C, H, W), groups: several samples, one pixel, one channel per group.
 SHAPES = [((1, 6, 5, 7), 3), ((3, 8, 4, 3), 2), ((5, 6, 1, 1), 2), ((2, 4, 3, 3), 4)]
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
-@pytest.fixture(params=["cpp", "native"])
+@pytest.fixture(params=["cpp"])
 def backend(request, monkeypatch):
-    """A fused form; what torch.compile captures is run as it is, to save the compiler."""
+    """A fused form."""
     monkeypatch.setenv("WSBCN_FUSED", request.param)
-    monkeypatch.setattr(fused_bcn._Compiled, "options", {"dynamic": True, "backend": "aot_eager"})
-    monkeypatch.setattr(fused_bcn._Compiled, "broken", False)
-    fused_bcn._Compiled.passes.cache_clear()
-    yield request.param
-    assert not fused_bcn._Compiled.broken
-    fused_bcn._Compiled.passes.cache_clear()
-    torch._dynamo.reset()
+    return request.param
 
 
 def used(y):
@@ -73,11 +66,11 @@ class Reference:
 
 
 CASES = [
-    ("native", shape, groups, dtype, layout)
+    ("cpp", shape, groups, dtype, layout)
     for shape, groups in SHAPES
     for dtype in (torch.float32, torch.float64)
     for layout in FORMATS
-] + [("compile", (3, 8, 4, 3), 2, torch.float32, layout) for layout in FORMATS]
+]
 
 
 @pytest.mark.parametrize("backend,shape,groups,dtype,layout", CASES, indirect=["backend"])
@@ -104,16 +97,7 @@ def test_values_gradients_and_estimates_over_steps(backend, shape, groups, dtype
         assert norm.bn.num_batches_tracked == step + 1
 
 
-@pytest.mark.parametrize(
-    "backend,kind",
-    [
-        (backend, kind)
-        for backend in ("cpp", "native")
-        for kind in ("estimated", "batch", "frozen", "no rate", "frozen affine")
-    ]
-    + [("compile", "frozen")],
-    indirect=["backend"],
-)
+@pytest.mark.parametrize("kind", ["estimated", "batch", "frozen", "no rate", "frozen affine"])
 def test_constant_statistics_of_every_kind(backend, kind):
     norm = make(6, 3, statistics="batch" if kind == "batch" else "estimated")
     norm.bn.running_mean.normal_()
@@ -215,24 +199,10 @@ def test_off_and_unknown(monkeypatch):
     assert "fused=off" in repr(norm)
     monkeypatch.delenv("WSBCN_FUSED")
     assert "fused=cpp" in repr(norm)
-    assert "fused=native" in repr(copy.deepcopy(norm).half()) and "fused=" in repr(norm.to("meta"))
+    assert "fused=off" in repr(copy.deepcopy(norm).half()) and "fused=" in repr(norm.to("meta"))
     monkeypatch.setenv("WSBCN_FUSED", "fast")
     with pytest.raises(ValueError, match="WSBCN_FUSED"):
         norm(x)
-
-
-def test_without_a_compiler(monkeypatch, caplog):
-    def broken(*args):
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setenv("WSBCN_FUSED", "compile")
-    monkeypatch.setattr(fused_bcn._Compiled, "passes", lambda: (broken, broken))
-    monkeypatch.setattr(fused_bcn._Compiled, "broken", False)
-    norm, x = make(6, 3), torch.randn(2, 6, 3, 3, requires_grad=True)
-    reference = Reference(norm)
-    for _ in range(2):
-        assert_close(norm(x).double(), reference(x.double()), rtol=1e-4, atol=1e-5)
-    assert caplog.text.count("goes on without") == 1
 
 
 @pytest.mark.parametrize("module", ["norm", "conv"])
