@@ -22,7 +22,7 @@ __all__ = ["bcn_backward", "bcn_constants", "bcn_forward", "takes_bcn"]
 
 _HALF = (torch.float16, torch.bfloat16)
 _TYPES = (torch.float32, torch.float64)
-# Numbers that one program handles at a time when it settles a group: 16 a thread.
+# Numbers that one program handles at a time when it settles a group: 8 a thread.
 _BLOCK = 4096
 # Offsets within a sample are 32-bit integers, as are rows in all.
 _LARGEST = 2**31 - 1
@@ -99,7 +99,8 @@ class Tiling:
                 break
             area //= 2  # enough programs for all of a GPU
         self.tile = {"UNIT": unit, "LAST": last, "FLAT": flat, "ROWS": rows, "COLS": cols}
-        self.sizes = self.rows, c, size, self.chunks
+        together = rows * size if flat else c if last else size
+        self.sizes = self.rows, c, size, self.chunks, together // unit
         self.warps = 8 if area > 4096 else 4
         # Few different ones, for each is compiled: blocks of 1, 16 or 256 chunks, and of 1, 2 or
         # as many samples as there is room for.
@@ -107,7 +108,7 @@ class Tiling:
         chunks = 1 if self.chunks == 1 else min(room, 16 if self.chunks < 128 else 256)
         samples = max(1, min(n, room // chunks) if n <= 2 else room // chunks)
         self.block = {"CHUNKS": chunks, "PER": per, "CG": power(per), "NB": samples}
-        self.block_warps = 8 if chunks * power(per) * samples > 2048 else 4
+        self.block_warps = 16 if chunks * power(per) * samples > 2048 else 4
         # Rows of C: mean and inverse of the estimates, m, v, and where mu and r have room.
         self.kept = 2 + 2 * n + cdiv(2 * n * groups, c), c
 
@@ -125,7 +126,7 @@ class _Forward:
         self.kept = t.kept
         self.scratch = (2 * t.chunks + 2) * t.rows + t.programs + 1
         self.moments = Launch(kernels.moments, t.programs, kinds, t.sizes, t.warps, **t.tile)
-        sizes = (shape[0], *t.sizes[1:], t.programs, t.tile["COLS"])
+        sizes = (shape[0], *t.sizes[1:4], t.programs, t.tile["COLS"])
         self.settle = Launch(
             kernels.settle, groups, kinds, sizes, t.block_warps, BN_EPS=bn_eps, EPS=eps, **t.block,
             PROBES=1024 if t.programs <= 1024 else 4096,
@@ -143,7 +144,7 @@ class _Backward:
         t = _tiling(shape, last, groups)
         self.scratch = (2 * t.chunks + 3) * t.rows
         self.sums = Launch(kernels.sums, t.programs, kinds, t.sizes, t.warps, **t.tile)
-        sizes = (shape[0], *t.sizes[1:])
+        sizes = (shape[0], *t.sizes[1:4])
         self.settle = Launch(
             kernels.settle_backward, groups, kinds, sizes, t.block_warps, **t.block
         )
@@ -167,9 +168,8 @@ def bcn_forward(
     x = dense(x, last)
     if rate is None:
         rate, bn_count = 0.0, None
-    kinds = (
-        x.device, x.dtype, dtype, weight.dtype, bn_weight is None, bn_bias is None, bn_count is None,
-    )  # fmt: skip
+    absent = bn_weight is None, bn_bias is None, bn_count is None
+    kinds = (x.device, x.dtype, dtype, weight.dtype, absent)
     run = _forward(x.shape, last, weight.numel(), kinds, bn_eps, eps)
     y, stats = torch.empty_like(x, dtype=dtype), weight.new_empty(run.kept)
     scratch, stream = weight.new_empty(run.scratch), launch.stream_of(x)

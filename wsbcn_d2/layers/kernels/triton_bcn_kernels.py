@@ -7,8 +7,8 @@ whatever that of x. There are no atomics: results do not depend on the order of 
 
 A row is one channel of one sample. A tile is ROWS rows by COLS pixels (a chunk of each row), in
 channels_last memory if LAST; if FLAT, ROWS whole rows that lie together in memory, as COLS lanes
-one after another, so that rows of 49 pixels are read in wide and aligned accesses too. UNIT divides
-the number of elements that lie together, which is how the compiler knows of the alignment.
+one after another, so that rows of 49 pixels are read in wide and aligned accesses too. Elements
+that lie together come in units of UNIT, which is how the compiler knows of the alignment.
 
 Notation as in ``autograd.py``. ``scratch``, between kernels: two sums per chunk and row; then
 coefficients per row; then a probe per tile, finite if its moments are. ``stats``, kept for
@@ -21,50 +21,51 @@ import triton.language as tl
 
 __all__ = ["apply", "combine", "moments", "settle", "settle_backward", "sums"]
 
-_SIZES = ["rows", "samples", "channels", "size", "chunks", "programs", "cols"]
+_SIZES = ["units", "rows", "samples", "channels", "size", "chunks", "programs", "cols"]
 _SMALL = ["weight", "bias", "bn_weight", "bn_bias", "bn_mean", "bn_var", "bn_count"]
 _GRADS = ["d_weight", "d_bias", "d_bn_weight", "d_bn_bias"]
 
 
 @triton.jit
 def tile(
-    channels, size, chunks,
+    channels, size, chunks, units,
     UNIT: tl.constexpr, LAST: tl.constexpr, FLAT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """This program's offsets into x and their mask, and the row of each, to be broadcast."""
+    together = units * UNIT
     if FLAT:
         i = tl.arange(0, COLS)
-        span = ROWS * size // UNIT * UNIT
-        at = tl.program_id(0).to(tl.int64) * span + i
-        return at, i < span, tl.program_id(0) * ROWS + i // size, i < span
-    chunk, block = tl.program_id(0) % chunks, tl.program_id(0) // chunks
-    blocks = tl.cdiv(channels, ROWS)
-    c, n = (block % blocks * ROWS + tl.arange(0, ROWS))[:, None], block // blocks
-    i = (chunk * COLS + tl.arange(0, COLS))[None, :]
-    if LAST:
-        width = channels // UNIT * UNIT
-        at = i * width + c
+        at, mask = tl.program_id(0).to(tl.int64) * together + i, i < together
+        row, valid = tl.program_id(0) * ROWS + i // size, mask
     else:
-        width = channels
-        at = c * (size // UNIT * UNIT) + i
-    limit = size if LAST else size // UNIT * UNIT
-    mask = (c < width) & (i < limit)
-    return n.to(tl.int64) * channels * size + at, mask, n * channels + c, c < width
+        chunk, block = tl.program_id(0) % chunks, tl.program_id(0) // chunks
+        blocks = tl.cdiv(channels, ROWS)
+        c, n = (block % blocks * ROWS + tl.arange(0, ROWS))[:, None], block // blocks
+        i = (chunk * COLS + tl.arange(0, COLS))[None, :]
+        row = n * channels + c
+        if LAST:
+            at = n.to(tl.int64) * size * together + (i * together + c)
+            valid = c < together
+            mask = valid & (i < size)
+        else:
+            at = n.to(tl.int64) * channels * together + (c * together + i)
+            valid = c < channels
+            mask = valid & (i < together)
+    return at, mask, row, valid
 
 
 @triton.jit
-def tile_rows(
-    channels, chunks,
-    FLAT: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
+def tile_rows(channels, chunks, FLAT: tl.constexpr, ROWS: tl.constexpr):
     """The rows of this program's tile, which of them there are, and the chunk."""
     k = tl.arange(0, ROWS)
     if FLAT:
-        return tl.program_id(0) * ROWS + k, k < ROWS, 0
-    block, blocks = tl.program_id(0) // chunks, tl.cdiv(channels, ROWS)
-    c = block % blocks * ROWS + k
-    return block // blocks * channels + c, c < channels, tl.program_id(0) % chunks
+        row, valid = tl.program_id(0) * ROWS + k, k < ROWS
+    else:
+        block, blocks = tl.program_id(0) // chunks, tl.cdiv(channels, ROWS)
+        c = block % blocks * ROWS + k
+        row, valid = block // blocks * channels + c, c < channels
+    return row, valid, tl.program_id(0) % chunks
 
 
 @triton.jit
@@ -72,17 +73,17 @@ def by_row(value, mask, size, FLAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.c
     """Elements of a tile and their mask with a row to each first index."""
     if FLAT:
         own = (tl.arange(0, COLS) // size)[None, :] == tl.arange(0, ROWS)[:, None]
-        return tl.where(own, value[None, :], 0), own & mask[None, :]
+        value, mask = tl.where(own, value[None, :], 0), own & mask[None, :]
     return value, mask
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def moments(
-    x, scratch, rows, channels, size, chunks,
+    x, scratch, rows, channels, size, chunks, units,
     UNIT: tl.constexpr, LAST: tl.constexpr, FLAT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    at, mask, _, _ = tile(channels, size, chunks, UNIT, LAST, FLAT, ROWS, COLS)
+    at, mask, _, _ = tile(channels, size, chunks, units, UNIT, LAST, FLAT, ROWS, COLS)
     row, valid, chunk = tile_rows(channels, chunks, FLAT, ROWS)
     value = tl.load(x + at, mask, 0).to(scratch.dtype.element_ty)
     value, mask = by_row(value, mask, size, FLAT, ROWS, COLS)
@@ -132,7 +133,8 @@ def load_or(pointer, offset, mask, other: tl.constexpr):
 
 @triton.jit(do_not_specialize=_SIZES + _SMALL)
 def settle(
-    scratch, stats, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_count, rate: "fp64",
+    scratch, stats, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_count,
+    rate: "fp64",  # noqa: F821
     samples, channels, size, chunks, programs, cols,
     BN_EPS: tl.constexpr, EPS: tl.constexpr, CHUNKS: tl.constexpr,
     PER: tl.constexpr, CG: tl.constexpr, NB: tl.constexpr, PROBES: tl.constexpr,
@@ -194,11 +196,11 @@ def settle(
 
 @triton.jit(do_not_specialize=_SIZES + _SMALL)
 def apply(
-    x, y, scratch, stats, bn_count, rows, channels, size, chunks, programs,
+    x, y, scratch, stats, bn_count, rows, channels, size, chunks, units, programs,
     UNIT: tl.constexpr, LAST: tl.constexpr, FLAT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    at, mask, row, valid = tile(channels, size, chunks, UNIT, LAST, FLAT, ROWS, COLS)
+    at, mask, row, valid = tile(channels, size, chunks, units, UNIT, LAST, FLAT, ROWS, COLS)
     coefficients = scratch + 2 * chunks * rows
     m = tl.load(stats + 2 * channels + row, valid, 0)
     scale = tl.load(coefficients + row, valid, 0)
@@ -212,11 +214,11 @@ def apply(
 
 @triton.jit(do_not_specialize=_SIZES)
 def sums(
-    dy, x, scratch, stats, rows, channels, size, chunks,
+    dy, x, scratch, stats, rows, channels, size, chunks, units,
     UNIT: tl.constexpr, LAST: tl.constexpr, FLAT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    at, mask, row, valid = tile(channels, size, chunks, UNIT, LAST, FLAT, ROWS, COLS)
+    at, mask, row, valid = tile(channels, size, chunks, units, UNIT, LAST, FLAT, ROWS, COLS)
     m = tl.load(stats + 2 * channels + row, valid, 0)
     d, value = tl.load(dy + at, mask, 0).to(m.dtype), tl.load(x + at, mask, 0).to(m.dtype)
     product, _ = by_row(d * (value - m), mask, size, FLAT, ROWS, COLS)
@@ -285,11 +287,11 @@ def settle_backward(
 
 @triton.jit(do_not_specialize=_SIZES)
 def combine(
-    dy, x, dx, scratch, stats, rows, channels, size, chunks,
+    dy, x, dx, scratch, stats, rows, channels, size, chunks, units,
     UNIT: tl.constexpr, LAST: tl.constexpr, FLAT: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    at, mask, row, valid = tile(channels, size, chunks, UNIT, LAST, FLAT, ROWS, COLS)
+    at, mask, row, valid = tile(channels, size, chunks, units, UNIT, LAST, FLAT, ROWS, COLS)
     coefficients = scratch + 2 * chunks * rows
     m = tl.load(stats + 2 * channels + row, valid, 0)
     p = tl.load(coefficients + row, valid, 0)

@@ -52,15 +52,15 @@ def load(pointer, at, mask, TYPE: tl.constexpr):
     return tl.load(pointer + at, mask, 0).to(TYPE)
 
 
-@triton.jit(do_not_specialize=["filters", "size"])
+@triton.jit(do_not_specialize=["filters", "units"])
 def standardize(
-    w, out, dy, filters, size,
+    w, out, dy, filters, units,
     EPS: tl.constexpr, FORMULA: tl.constexpr, ROUNDING: tl.constexpr, TYPE: tl.constexpr,
     UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """``out`` from ``w``; with ``dy``, the gradient of ``w`` into ``out``."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    n = size // UNIT * UNIT
+    n = units * UNIT  # which tells the compiler how filters are aligned
     at, i = row.to(tl.int64) * n, tl.arange(0, COLS)[None, :]
     there = row < filters
     if WHOLE:
@@ -113,15 +113,16 @@ def _plan(shape, kinds, formula, eps):
         kinds: device, types of weight, result and dy (None forward).
     """
     filters, size = shape[0], math.prod(shape[1:])
-    cols = min(triton.next_power_of_2(size), _BLOCK)
+    unit, whole = math.gcd(size, 8), size <= _BLOCK
+    cols = triton.next_power_of_2(size) if whole else _BLOCK // 2
     # Few elements a program where that makes enough programs for all of a GPU.
     rows = max(1, min(2048 // cols, triton.next_power_of_2(filters) // 128))
     wide = torch.float64 if kinds[1] == torch.float64 else torch.float32
     return Launch(
-        standardize, triton.cdiv(filters, rows), kinds, (filters, size), 8 if cols > 2048 else 4,
-        EPS=eps, FORMULA=formula, ROUNDING=4 * torch.finfo(wide).eps,
+        standardize, triton.cdiv(filters, rows), kinds, (filters, size // unit),
+        8 if cols > 2048 else 4, EPS=eps, FORMULA=formula, ROUNDING=4 * torch.finfo(wide).eps,
         TYPE=tl.float64 if wide is torch.float64 else tl.float32,
-        UNIT=math.gcd(size, 8), ROWS=rows, COLS=cols, WHOLE=cols >= size,
+        UNIT=unit, ROWS=rows, COLS=cols, WHOLE=whole,
     )  # fmt: skip
 
 
