@@ -129,9 +129,10 @@ def recalled(bn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
         (mean, var), each of shape (C,); None if this is no repetition. For an input that no kept
         run had, the present estimates.
     """
-    if not repeats():
+    kept = bn.__dict__.get("_runs")
+    if not kept or not repeats():
         return None
-    runs = [r for r in bn.__dict__.get("_runs", ()) if r.key.device == x.device]
+    runs = [r for r in kept if r.key.device == x.device]
     if not runs:
         return None
     if bn.__dict__.get("_lost") == _version(bn):

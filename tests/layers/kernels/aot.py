@@ -1,4 +1,4 @@
-"""Compiling recorded launches for named GPUs on a machine without one: registers, spills, accesses."""
+"""Compiling recorded launches for named GPUs, on a machine without one."""
 
 import re
 import subprocess
@@ -108,7 +108,10 @@ def resources(compiled, target: GPUTarget) -> Resources:
         file.write(compiled.asm["ptx"])
         file.flush()
         log = subprocess.run(
-            [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={name}", file.name, "-o", "/dev/null"],
+            [
+                triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={name}", file.name,
+                "-o", "/dev/null",
+            ],
             capture_output=True, text=True, check=True,
         ).stderr  # fmt: skip
     wide = {"ld": 0, "st": 0}

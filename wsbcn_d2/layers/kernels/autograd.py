@@ -57,18 +57,15 @@ def fused_bcn(
         Tensor of the shape of ``x``; of its type, or float32 where autocast has group norms
         return that (CUDA). Arithmetic is float32 at least.
     """
-    return _FusedBCN.apply(
-        x, weight, bias, bn_weight, bn_bias,
-        backend, readable, bn_mean, bn_var, bn_count, bn_eps, rate, eps,
-    )  # fmt: skip
+    # In one argument, because autograd looks at each.
+    constants = backend, readable, bn_mean, bn_var, bn_count, bn_eps, rate, eps
+    return _FusedBCN.apply(x, weight, bias, bn_weight, bn_bias, constants)
 
 
 class _FusedBCN(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x, weight, bias, bn_weight, bn_bias,
-        backend, readable, bn_mean, bn_var, bn_count, bn_eps, rate, eps,
-    ):  # fmt: skip
+    def forward(ctx, x, weight, bias, bn_weight, bn_bias, constants):
+        backend, readable, bn_mean, bn_var, bn_count, bn_eps, rate, eps = constants
         dtype = None
         if x.is_cuda and x.dtype != weight.dtype and torch.is_autocast_enabled("cuda"):
             dtype = weight.dtype  # as autocast's F.group_norm
@@ -101,7 +98,7 @@ class _FusedBCN(torch.autograd.Function):
             needs = needed[0], needed[3] or needed[4]
             grads = ctx.backend.bcn_backward(dy, x, weight, bn_weight, bn_bias, tuple(saved), needs)
             grads = [g if need else None for g, need in zip(grads, needed, strict=True)]
-        return *grads, *[None] * 8
+        return *grads, None
 
 
 def fused_standardize(
