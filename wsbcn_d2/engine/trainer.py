@@ -3,14 +3,21 @@
 import contextlib
 import functools
 import logging
+import math
 import os
 import weakref
 from argparse import Namespace
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from unittest import mock
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, defaults, hooks
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import GeneralizedRCNNWithTTA
@@ -19,7 +26,12 @@ from torch import nn
 
 from ..checkpoint import CheckpointError, LoadExpectation, WSBCNCheckpointer
 from ..config import load_config
-from ..data import classification_mapper, classification_test_loader
+from ..data import (
+    RangeMapper,
+    classification_mapper,
+    classification_test_loader,
+    register_coco_sets,
+)
 from ..layers import skip_first_batch_init
 from .accumulate import accumulate
 from .evaluation import build_evaluator
@@ -59,6 +71,58 @@ def _ddp_for(device: str):
     return mock.patch.object(defaults, "create_ddp_model", create)
 
 
+def schedule_by_epochs(cfg: CfgNode) -> CfgNode:
+    """The config with ``SOLVER.EPOCHS`` turned into iterations.
+
+    Args:
+        cfg: its training sets are loaded if it counts in epochs.
+
+    Returns:
+        CfgNode: a new config, or ``cfg`` if there is nothing to do. ``SOLVER.MAX_ITER`` is the
+        number of steps in which every picture that is trained on is seen ``EPOCHS`` times;
+        ``STEPS``, ``TEST.EVAL_PERIOD`` and ``CHECKPOINT_PERIOD`` keep their shares of it, and the
+        warm-up is no longer than a tenth.
+    """
+    if not cfg.SOLVER.EPOCHS:
+        return cfg
+    records = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+        if cfg.MODEL.KEYPOINT_ON
+        else 0,
+    )
+    cfg = cfg.clone()
+    cfg.defrost()
+    solver = cfg.SOLVER
+    iterations = max(1, round(solver.EPOCHS * len(records) / solver.IMS_PER_BATCH))
+    share = iterations / solver.MAX_ITER
+    solver.STEPS = tuple(round(step * share) for step in solver.STEPS)
+    cfg.TEST.EVAL_PERIOD = math.ceil(cfg.TEST.EVAL_PERIOD * share)
+    solver.CHECKPOINT_PERIOD = math.ceil(solver.CHECKPOINT_PERIOD * share)
+    solver.WARMUP_ITERS = min(solver.WARMUP_ITERS, iterations // 10)
+    solver.MAX_ITER, solver.EPOCHS = iterations, 0
+    cfg.freeze()
+    logging.getLogger(__name__).info(
+        f"{len(records)} pictures, {solver.IMS_PER_BATCH} a step: {iterations} iterations, "
+        f"learning rate lower at {solver.STEPS}"
+    )
+    return cfg
+
+
+def build_mapper(cfg: CfgNode, names: Sequence[str], *, is_train: bool) -> Callable | None:
+    """What turns a record of data sets into a model's input, where that is not Detectron2's own.
+
+    Returns:
+        The mapper of classification data sets, or one that reads pictures of more than 8 bits with
+        ``INPUT.PICTURE_RANGE``; None for Detectron2's ``DatasetMapper``.
+    """
+    mapper = classification_mapper(cfg, names, is_train=is_train)
+    if mapper is None and cfg.INPUT.PICTURE_RANGE:
+        return RangeMapper(DatasetMapper(cfg, is_train), cfg.INPUT.PICTURE_RANGE)
+    return mapper
+
+
 class Trainer(DefaultTrainer):
     """``DefaultTrainer`` plus update-rate schedule, estimate sync, dataset evaluators and a
     checkpointer that refuses weights which do not fit."""
@@ -68,6 +132,8 @@ class Trainer(DefaultTrainer):
         Args:
             cfg: a config with the keys of :func:`wsbcn_d2.add_wsbcn_config`.
         """
+        register_coco_sets(cfg.DATASETS.COCO_SETS)  # where the config was not read by load_config
+        cfg = schedule_by_epochs(cfg)
         with _ddp_for(cfg.MODEL.DEVICE):
             super().__init__(cfg)
         accumulate(self._trainer, cfg.SOLVER.ACCUMULATE)
@@ -80,15 +146,18 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        """Detectron2's loader; classification data sets are mapped by ``ClassificationMapper``."""
-        mapper = classification_mapper(cfg, cfg.DATASETS.TRAIN, is_train=True)
+        """Detectron2's loader, on :func:`build_mapper`."""
+        mapper = build_mapper(cfg, cfg.DATASETS.TRAIN, is_train=True)
         return build_detection_train_loader(cfg, mapper=mapper)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         """Detectron2's loader, or :func:`wsbcn_d2.data.classification_test_loader`."""
         loader = classification_test_loader(cfg, dataset_name)
-        return build_detection_test_loader(cfg, dataset_name) if loader is None else loader
+        if loader is None:
+            mapper = build_mapper(cfg, [dataset_name], is_train=False)
+            loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        return loader
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, and this project's right after the learning-rate scheduler.
