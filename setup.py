@@ -22,6 +22,7 @@ REQUIRES = [
     "matplotlib>=3.5",
     "omegaconf>=2.1",
     "packaging>=21.0",
+    "scipy>=1.9",
     "tabulate>=0.8",
     "tensorboard>=2.8",
     "termcolor>=1.1",
@@ -39,6 +40,7 @@ DEV = [
     "onnx>=1.16",
     "onnxscript>=0.1",
     "onnxruntime>=1.18",
+    "wheel>=0.37",
 ]
 
 ROOT = Path(__file__).resolve().parent
@@ -54,8 +56,20 @@ setup(
     long_description=README.read_text("utf-8") if README.is_file() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["wsbcn_d2*"]),
-    package_data={"wsbcn_d2.layers": ["*.cpp"]},
+    # The configs go along, as wsbcn_d2/configs, where wsbcn_d2.model_zoo finds them.
+    packages=[*find_packages(include=["wsbcn_d2*"]), "wsbcn_d2.configs"],
+    package_dir={"wsbcn_d2.configs": "configs"},
+    package_data={
+        "wsbcn_d2": ["py.typed", "**/*.cpp"],
+        "wsbcn_d2.configs": ["**/*.yaml", "**/*.py"],
+    },
+    entry_points={
+        "console_scripts": [
+            "wsbcn-train = wsbcn_d2.cli.train:main",
+            "wsbcn-predict = wsbcn_d2.cli.predict:main",
+            "wsbcn-convert = wsbcn_d2.cli.convert:main",
+        ]
+    },
     python_requires=">=3.10",
     install_requires=REQUIRES,
     extras_require={"vis": VIS, "dev": DEV + VIS},

@@ -262,4 +262,4 @@ def test_env_check_reads_setup_and_judges_versions(tmp_path):
 def test_the_package_contains_its_kernels(tmp_path):
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", tmp_path]
     subprocess.run(command, cwd=ROOT, check=True)
-    assert (tmp_path / "wsbcn_d2/layers/kernels.cpp").is_file()
+    assert (tmp_path / "wsbcn_d2/layers/kernels/cpu.cpp").is_file()

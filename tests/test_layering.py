@@ -25,7 +25,10 @@ ALLOWED = {
     "checkpoint": {"files", "layers"},
     "modeling": {"layers"},
     "engine": {"files", "layers", "modeling", "checkpoint", "data", "config", "folding"},
-    "study": {"files", "layers", "checkpoint", "engine", "config"},
+    "predictor": {"checkpoint", "engine", "folding"},
+    "model_zoo": {"checkpoint", "config"},
+    "study": {"files", "layers", "checkpoint", "engine", "config", "predictor"},
+    "cli": {"files", "checkpoint", "data", "engine", "predictor"},
 }
 LAYERS_MAY_IMPORT = ("torch", "detectron2.layers", "fvcore.common.registry")
 SOURCES = sorted(

@@ -14,51 +14,22 @@ Numbers of images per step follow Detectron2's linear rule: twice the images is 
 rate and half the iterations, so every run sees the same images. --max-iter resizes the whole
 schedule; overrides (KEY VALUE ...) and --max-iter are meant for the config's own images per step.
 
-The study of this project; what came out is in configs/shapes/results. Runs that have a record there
-are taken from it (of two, from the first folder named); without --records, two CPU cores need about
-8 minutes per pair of runs. glibc's thresholds save page faults, a sixth of each step:
+Options may stand in a file, named as @FILE. The studies of this project do, beside their results
+(configs/*/results): the command that made NAME.csv there is
+
+    tools/compare.py @configs/shapes/results/NAME.args
+
+It reports at once from the committed records (of two of one run, that of the first folder named);
+without its line --records it trains. tools/update_results.py does so for all, tables and pages.
+glibc's thresholds save page faults, a sixth of each step on a CPU:
 
     export MALLOC_MMAP_THRESHOLD_=2147483648 MALLOC_TRIM_THRESHOLD_=8589934592
-    results="configs/shapes/results"
-    common="--evaluations 3 --jobs 2 --records $results/records_again $results/records"
-    scratch="$common --max-iter 1200"
-    first="--evaluations 3 --jobs 2 --max-iter 1200 --records $results/records"
-    tools/compare.py $first --images-per-step 1 2 --seeds 1 2 3 --output output/study
-    tools/compare.py $first --variants bcn_ws --seeds 1 \\
-        --sweep MODEL.WS.KIND ws wn cwn none --output output/kinds
 
-The rest ran on another machine, and is compared with rows that were trained there a second time:
-
-    tools/compare.py $scratch --variants gn gn_ws bcn bcn_ws --seeds 1 2 3 --output output/again
-    tools/compare.py $common --variants gn_ws bcn_ws --seeds 1 2 3 --output output/long
-    tools/compare.py $scratch --variants bcn_ws --seeds 1 \\
-        --sweep MODEL.BCN.UPDATE_RATE 0.1 0.03 0.01 0.003 0.001 --output output/rates
-    tools/compare.py $scratch --variants bcn_ws --seeds 1 \\
-        --sweep MODEL.BCN.UPDATE_RATE 0.1 0.03 0.01 0.003 0.001 --output output/rates_lr \\
-        MODEL.BCN.UPDATE_RATE_SCHEDULE lr
-    tools/compare.py $scratch --variants bcn_ws --seeds 1 2 3 \\
-        --sweep MODEL.BCN.UPDATE_RATE 0.1 0.01 --output output/rates_seeds
-    tools/compare.py $common --variants bcn_ws --seeds 1 2 \\
-        --sweep MODEL.BCN.UPDATE_RATE 0.1 0.01 --output output/rates_2000
-    tools/compare.py $scratch --variants bcn --seeds 1 \\
-        --sweep MODEL.BCN.UPDATE_RATE 0.1 0.01 --output output/rates_bcn
-    tools/compare.py $scratch --variants bcn_ws --seeds 1 2 3 \\
-        --sweep MODEL.BCN.FIRST_BATCH_INIT True False --output output/first_batch
-    tools/compare.py $common --variants bcn_ws --seeds 1 2 3 \\
-        --sweep MODEL.BCN.FIRST_BATCH_INIT True False --output output/first_batch_2000
-    tools/compare.py $scratch --variants bcn --seeds 1 \\
-        --sweep MODEL.BCN.FIRST_BATCH_INIT True False --output output/first_batch_bcn
-    tools/compare.py $scratch --variants gn gn_ws bcn_ws --seeds 1 \\
-        --sweep SOLVER.BASE_LR 0.01 0.02 0.04 --output output/learning_rates
-
-Fine-tuning, from two classifiers that are trained first (a record knows weights by their content:
+finetune.args needs two classifiers that are trained first (a record knows weights by their content:
 where these are others than those of the record, the run is done anew):
 
     tools/train_net.py --config-file configs/shapes/classifier_R_18_gn_ws.yaml
     tools/train_net.py --config-file configs/shapes/classifier_R_18_bcn_ws.yaml
-    tools/compare.py $common --max-iter 300 --seeds 1 2 3 --images-per-step 1 \\
-        --configs configs/shapes/mask_rcnn_R_18_FPN_{gn,bcn}_ws_finetune.yaml \\
-        --output output/finetune
 
 The same on COCO, on a GPU (leave --max-iter away for the paper's schedule):
 
@@ -85,9 +56,19 @@ PREFIX = "mask_rcnn_R_18_FPN_"
 ORDER = ("bn", "gn", "gn_ws", "bcn", "bcn_ws")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reads @FILE as a shell would: several words a line, quotes, comments."""
+
+    def convert_arg_line_to_args(self, arg_line):
+        return shlex.split(arg_line, comments=True)
+
+
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    """The command line, as an argparse.Namespace."""
+    parser = _Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--configs", nargs="+", metavar="FILE", help="one config per variant")
@@ -114,6 +95,7 @@ def parse(argv):
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--records", nargs="+", default=[], help="more folders of records")
     parser.add_argument("--pictures", type=int, default=4, help="validation images to draw")
+    parser.add_argument("--strip", default="", metavar="PICTURE.png", help="for plots/showcase.png")
     parser.add_argument("--keep-checkpoints", action="store_true")
     parser.add_argument("--report-only", action="store_true", help="of what has finished so far")
     parser.add_argument("--title", default="Comparison over seeds")
@@ -173,7 +155,21 @@ def check(runs):
             check_config(load_config(run.config_file, run.overrides))
 
 
+def finished_runs(args):
+    """Records of the runs that the command line asks for, and the names of those without one."""
+    runs = plan(args)
+    return _with_records(runs, find_records(Path(args.output) / "records", *args.records))
+
+
+def _with_records(runs, records):
+    found = [(run, matching(run, records)) for run in runs]
+    # One name in one report, whatever the run was called when it was recorded.
+    finished = [{**record, "variant": run.variant} for run, record in found if record]
+    return finished, [run.name for run, record in found if record is None]
+
+
 def study(args, command):
+    """Run what has no record, and report; returns the exit status."""
     runs = plan(args)
     root = Path(args.output)
     records = find_records(root / "records", *args.records)
@@ -194,16 +190,17 @@ def study(args, command):
             keep_checkpoints=args.keep_checkpoints,
             on_record=records.append,
         )
-    finished, missing = [], [f"{f.run.name}: {f.reason}" for f in failures]
-    for run in runs:
-        record = matching(run, records)
-        if record is not None:
-            finished.append({**record, "variant": run.variant})  # one name in one report
-        elif not any(failure.run is run for failure in failures):
-            missing.append(f"{run.name}: not run yet")
+    finished, without = _with_records(runs, records)
+    reasons = {failure.run.name: failure.reason for failure in failures}
+    missing = [f"{name}: {reasons.get(name, 'not run yet')}" for name in without]
     if not finished:
         raise UsageError(f"no run has finished; see the output.txt of each run in {root / 'runs'}")
-    path = write_report(finished, root, title=args.title, command=command, missing=missing)
+    try:
+        path = write_report(
+            finished, root, title=args.title, command=command, missing=missing, strip=args.strip
+        )
+    except ValueError as error:
+        raise UsageError(f"--strip: {error}") from error
     print("\n" + (root / "results.md").read_text())
     print(f"report  {path}\ntables  {root / 'results.csv'}, {root / 'runs.csv'}")
     return 1 if failures else 0

@@ -19,4 +19,4 @@ else
     echo "demo: training $config (about 12 minutes on two CPU cores)"
     "$ENV_PYTHON" tools/train_net.py --config-file "$config" --resume OUTPUT_DIR "$output" "$@"
 fi
-"$ENV_PYTHON" tools/demo.py --config-file "$config" OUTPUT_DIR "$output" "$@"
+"$ENV_PYTHON" tools/install/demo_report.py --config-file "$config" OUTPUT_DIR "$output" "$@"

@@ -29,4 +29,4 @@ train() {
 train configs/shapes/classifier_R_18_bcn_ws.yaml "$output/classifier" "$@"
 weights=(MODEL.WEIGHTS "$output/classifier/model_final.pth")
 train "$detector" "$output/detector" "${weights[@]}" "$@"
-"$ENV_PYTHON" tools/demo.py --config-file "$detector" OUTPUT_DIR "$output/detector" "${weights[@]}" "$@"
+"$ENV_PYTHON" tools/install/demo_report.py --config-file "$detector" OUTPUT_DIR "$output/detector" "${weights[@]}" "$@"

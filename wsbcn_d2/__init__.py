@@ -7,28 +7,32 @@ Normalization and Weight Standardization*, Qiao et al., arXiv 1903.10520v2.
 Where to look, bottom to top; nothing imports from further down this list:
 
 - whole files, locks, progress bars: ``wsbcn_d2/files.py`` (replacing)
-- the formulas of weight standardization: ``wsbcn_d2/layers/ws_conv.py`` (standardize_weight)
-- the convolution that uses them: ``wsbcn_d2/layers/ws_conv.py`` (WSConv2d)
-- weight normalization and centred weight normalization: ``wsbcn_d2/layers/reparam.py``
+- the formulas of WS: ``wsbcn_d2/layers/weight_standardization.py`` (standardize_weight)
+- the convolution that uses them: ``wsbcn_d2/layers/weight_standardization.py`` (WSConv2d)
+- weight normalization and centred weight normalization: ``wsbcn_d2/layers/weight_normalization.py``
 - the norm on running estimates: ``wsbcn_d2/layers/estimated_batch_norm.py`` (EstimatedBatchNorm2d)
 - batch-channel normalization: ``wsbcn_d2/layers/batch_channel_norm.py`` (BatchChannelNorm2d)
-- a norm's name in a config: ``wsbcn_d2/layers/norm.py`` (NORM_REGISTRY)
-- how the layers run fast: ``wsbcn_d2/layers/fused_bcn.py``
+- a norm's name in a config: ``wsbcn_d2/layers/registry.py`` (NORM_REGISTRY)
+- how the layers run fast: ``wsbcn_d2/layers/kernels/dispatch.py``
 - a config key: ``wsbcn_d2/config.py`` (add_wsbcn_config)
 - a model without WS and BCN that computes the same: ``wsbcn_d2/folding.py`` (fold)
 - a backbone's name in a config: ``wsbcn_d2/modeling/backbone.py`` (build_ws_resnet_backbone)
 - a head: ``wsbcn_d2/modeling/roi_heads.py`` (WSFastRCNNConvFCHead)
 - which convolutions carry WS: ``wsbcn_d2/modeling/build.py``
+- what backward computes again: ``wsbcn_d2/modeling/recomputation.py`` (recompute)
 - the format of someone's checkpoint: ``wsbcn_d2/checkpoint/formats.py`` (FORMATS)
 - a published file and where it comes from: ``wsbcn_d2/checkpoint/catalog.py``
 - what is checked at loading: ``wsbcn_d2/checkpoint/checkpointer.py`` (WSBCNCheckpointer)
 - the embedded data set: ``wsbcn_d2/data/shapes`` (ensure_shapes)
 - a picture's way into a classifier: ``wsbcn_d2/data/classification`` (ClassificationMapper)
-- what is checked before a run: ``wsbcn_d2/engine/checks.py`` (check_config)
+- what is checked before a run: ``wsbcn_d2/engine/checks.py`` (check_setup)
 - the training from YAML: ``wsbcn_d2/engine/trainer.py`` (Trainer)
 - the training from a Python config: ``wsbcn_d2/engine/lazy.py`` (train)
 - a hook: ``wsbcn_d2/engine/hooks.py`` (EstimateSync)
+- predictions for a picture: ``wsbcn_d2/predictor.py`` (Predictor)
 - comparisons over seeds, their tables and plots: ``wsbcn_d2/study/plan.py``
+- the configs and models by name, in a notebook: ``wsbcn_d2/model_zoo.py`` (get)
+- what a command does: ``wsbcn_d2/cli`` (train)
 - a config: ``configs/README.md``
 - a command: ``tools/README.md``
 - a test: ``tests/README.md``
@@ -44,6 +48,7 @@ except ImportError as error:
 
 from . import checkpoint as _checkpoint  # noqa: F401  (registers wsbcn:// names)
 from . import data as _data  # noqa: F401  (registers the shapes dataset)
+from . import model_zoo
 from .config import add_wsbcn_config, get_cfg
 from .folding import fold
 from .layers import (
@@ -65,6 +70,7 @@ from .modeling import (
     build_ws_resnet_fpn_backbone,
     build_ws_retinanet_resnet_fpn_backbone,
 )
+from .predictor import Predictor
 
 __version__ = "0.1.0"
 
@@ -72,6 +78,7 @@ __all__ = [
     "NORM_REGISTRY",
     "BatchChannelNorm2d",
     "EstimatedBatchNorm2d",
+    "Predictor",
     "WSConv2d",
     "WSFastRCNNConvFCHead",
     "WSMaskRCNNConvUpsampleHead",
@@ -82,6 +89,7 @@ __all__ = [
     "build_ws_retinanet_resnet_fpn_backbone",
     "fold",
     "get_cfg",
+    "model_zoo",
     "register_norms",
     "set_update_rate",
     "skip_first_batch_init",

@@ -50,6 +50,10 @@ def add_wsbcn_config(cfg: CfgNode) -> None:
     # are to elimination singularities (wsbcn_d2.engine.ChannelMonitor); 0: never.
     cfg.MODEL.BCN.MONITOR_PERIOD = 0
 
+    # Names of modules, or patterns of them, whose activations are computed again in backward
+    # instead of kept: ["backbone.bottom_up.res*", "roi_heads.*_head"] (modeling.recomputation).
+    cfg.MODEL.RECOMPUTE = []
+
     # Of META_ARCHITECTURE "ImageClassifier".
     cfg.MODEL.CLASSIFIER = CfgNode()
     # Outputs of the linear layer.

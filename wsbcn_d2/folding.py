@@ -11,6 +11,7 @@ import copy
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
+from torch.nn.utils import parametrize
 
 from .layers import (
     BatchChannelNorm2d,
@@ -41,9 +42,15 @@ def fold(model: nn.Module) -> nn.Module:
         The folded copy, in evaluation mode.
 
     Raises:
-        ValueError: if a batch norm to be folded keeps no running statistics.
+        ValueError: if a batch norm to be folded keeps no running statistics, or a hook makes the
+            weight of a convolution.
     """
+    _refuse_hooked(model)
     model = copy.deepcopy(model).eval()
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):
+                parametrize.remove_parametrizations(module, name)
     pairs = _pairs(model)
     for module in list(model.modules()):
         if type(module) is WSConv2d:
@@ -117,6 +124,16 @@ def lazy_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
             for key, value in frozen.to(bias).state_dict().items():
                 state[f"{name}.norm.0.{key}"] = value
     return state
+
+
+def _refuse_hooked(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        made = isinstance(module, nn.Conv2d) and "weight" not in module._parameters
+        if made and not parametrize.is_parametrized(module, "weight"):
+            raise ValueError(
+                f"the weight of {name!r} is made by a hook, before each forward: make it a "
+                "parameter first (torch.nn.utils.remove_weight_norm, remove_spectral_norm)"
+            )
 
 
 def _pairs(model):

@@ -16,10 +16,10 @@ from pycocotools.coco import COCO
 
 from wsbcn_d2.data import DataError, register_nuclei
 from wsbcn_d2.data.mask_folders import prepare_mask_folders
-from wsbcn_d2.engine import UsageError
-from wsbcn_d2.engine.checks import check_datasets
+from wsbcn_d2.engine import UsageError, check_config, load_config
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "prepare_nuclei.py"
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "prepare_nuclei.py"
 
 
 def png(pixels, mode=None):
@@ -292,11 +292,12 @@ def registered(tmp_path):
 
 
 def test_what_was_prepared_is_registered(registered):
+    cfg = load_config(str(ROOT / "configs" / "nuclei" / "mask_rcnn_R_18_FPN_gn_ws.yaml"))
     with pytest.raises(UsageError, match=r"absent: .*train\.json not found; get .*bbbc.*prepare_"):
-        check_datasets(["nuclei_train"], "DATASETS.TRAIN")
+        check_config(cfg)
     source = in_folder(published()[0], registered / "in")
     prepare_mask_folders(source, registered / "nuclei")
-    check_datasets(["nuclei_train", "nuclei_val"], "DATASETS.TRAIN")
+    check_config(cfg)
     assert MetadataCatalog.get("nuclei_val").thing_classes == ["nucleus"]
     records = DatasetCatalog.get("nuclei_train")
     assert len(records) == 4 and all(len(r["annotations"]) == 3 for r in records)
@@ -304,4 +305,4 @@ def test_what_was_prepared_is_registered(registered):
     assert {a["category_id"] for r in records for a in r["annotations"]} == {0}
     shutil.rmtree(registered / "nuclei" / "train")
     with pytest.raises(UsageError, match="train not found"):
-        check_datasets(["nuclei_train"], "DATASETS.TRAIN")
+        check_config(cfg)

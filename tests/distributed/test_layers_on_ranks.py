@@ -102,6 +102,7 @@ def layers_worker(rank, world_size):
     sizes = [[x[:, :, :4].repeat(1, 1, rank + 1, 1) for x in batch] for batch in batches]
     result["sizes"] = step_through(rank, world_size, sizes)
     result["rate 1"] = outright(batches)
+    result["twice"] = twice_a_step(batches)
     result["sync"] = synchronized_bcn(rank, world_size)
     return result
 
@@ -117,6 +118,20 @@ def outright(batches):
             layer(x)
         hook.after_step()
     return estimates(layers)
+
+
+def twice_a_step(batches):
+    """Estimates after each average, when every layer runs twice in between."""
+    layers = make_layers()
+    hook = ranks.estimate_sync(layers)
+    history = []
+    for pair in zip(batches[::2], batches[1::2], strict=True):
+        for batch in pair:
+            for layer, x in zip(layers, batch, strict=True):
+                layer(x)
+        hook.after_step()
+        history.append(estimates(layers))
+    return history
 
 
 def bcn_and_target(statistics):
@@ -269,3 +284,36 @@ def test_the_first_step_needs_more_than_the_mean_of_variances():
     name = "1.bn.running_var"
     plain = (copy.copy(alone[0][name]) + alone[1][name]) / 2
     assert (pooled[name] - plain).abs().min() > 1
+
+
+def test_two_runs_between_averages_differ_by_the_documented_second_order_alone(results):
+    """As with accumulated gradients, or a head that runs on several levels."""
+    world_size = len(results)
+    layers = make_layers()  # one process, which goes on from where all agree
+    for step in range(STEPS // 2):
+        first, second = (
+            [inputs(2 * step + k, rank, world_size) for rank in range(world_size)] for k in (0, 1)
+        )
+        for parts in (first, second):
+            for layer, xs in zip(layers, zip(*parts, strict=True), strict=True):
+                layer(torch.cat(xs))
+        found = [result["twice"][step] for result in results]
+        assert all(torch.equal(f[k], v) for f in found for k, v in found[0].items())
+        expected = estimates(layers)
+        for i, prefix in enumerate(("0.", "1.bn.", "2.")):
+            d, e = (torch.stack([p[i].mean((0, 2, 3)) for p in parts]) for parts in (first, second))
+            d, e = d - d.mean(0), e - e.mean(0)
+            if step == 0:
+                error = RATE**2 * (e - d).square().mean(0)
+            else:
+                error = RATE**3 * d.square().mean(0) - 2 * RATE**2 * (d * e).mean(0)
+            assert_close(found[0][prefix + "running_mean"], expected[prefix + "running_mean"])
+            assert_close(
+                found[0][prefix + "running_var"] - expected[prefix + "running_var"], error,
+                atol=1e-10, rtol=1e-8,
+            )  # fmt: skip
+            assert found[0][prefix + "num_batches_tracked"] == 2 * step + 2
+            if step == 0:  # of a pooled variance that is mostly between the ranks
+                between = d.square().mean(0)
+                assert (error < 0.02 * between).all()
+        layers.load_state_dict({**layers.state_dict(), **found[0]})

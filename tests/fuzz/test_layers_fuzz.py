@@ -87,7 +87,7 @@ norm_cases = st.fixed_dictionaries(
         "shift": st.sampled_from([0.0, 3.0]),
         "steps": st.integers(1, 3),
         "needs": st.tuples(*[st.booleans()] * 5),
-        "fused": st.sampled_from(["cpp", "native", "off"]),
+        "fused": st.sampled_from(["cpp", "off"]),
         "seed": st.integers(0, 2**31),
     }
 ).filter(lambda case: not pytorchs_fault(case))
@@ -237,7 +237,7 @@ conv_cases = st.fixed_dictionaries(
         "weight_layout": st.sampled_from(LAYOUTS),
         "scale": st.sampled_from([1e-3, 1.0, 1e3]),
         "needs": st.tuples(*[st.booleans()] * 3),
-        "fused": st.sampled_from(["cpp", "native", "off"]),
+        "fused": st.sampled_from(["cpp", "off"]),
         "seed": st.integers(0, 2**31),
     }
 ).filter(lambda case: not pytorchs_conv_fault(case))
@@ -382,7 +382,7 @@ def test_constructors_build_or_raise_value_error(channels, groups, rate, statist
     st.lists(st.integers(0, 5), max_size=5),
     st.sampled_from(["BCN", "EstBN"]),
     st.booleans(),
-    st.sampled_from(["cpp", "native", "off"]),
+    st.sampled_from(["cpp", "off"]),
 )
 def test_inputs_of_a_wrong_shape_are_refused_and_change_nothing(shape, layer, training, fused):
     norm = BatchChannelNorm2d(4, 2) if layer == "BCN" else EstimatedBatchNorm2d(4)

@@ -19,7 +19,7 @@ SHAPE = (2, CHANNELS, 6, 7)
 kinds = pytest.mark.parametrize("statistics", KINDS)
 
 
-@pytest.fixture(autouse=True, params=["cpp", "native", "off"])
+@pytest.fixture(autouse=True, params=["cpp", "off"])
 def backend(request, monkeypatch):
     """The fused form and the readable one."""
     monkeypatch.setenv("WSBCN_FUSED", request.param)

@@ -15,7 +15,7 @@ SHAPES = [(8, 4, 3, 3), (5, 3, 1, 1), (6, 1, 3, 3), (4, 2, 1, 1), (1, 7, 1, 5)]
 formulas = pytest.mark.parametrize("formula", WS_FORMULAS)
 
 
-@pytest.fixture(autouse=True, params=["cpp", "native", "off"])
+@pytest.fixture(autouse=True, params=["cpp", "off"])
 def backend(request, monkeypatch):
     """The fused form and the readable one."""
     monkeypatch.setenv("WSBCN_FUSED", request.param)

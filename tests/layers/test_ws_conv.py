@@ -22,7 +22,7 @@ VARIANTS = [
 ]
 
 
-@pytest.fixture(autouse=True, params=["cpp", "native", "off"])
+@pytest.fixture(autouse=True, params=["cpp", "off"])
 def backend(request, monkeypatch):
     """The fused form and the readable one."""
     monkeypatch.setenv("WSBCN_FUSED", request.param)

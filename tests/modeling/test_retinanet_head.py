@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.layers import ShapeSpec
 
-from wsbcn_d2.layers import ws_conv
+from wsbcn_d2.layers import reparametrized_conv, weight_standardization
 from wsbcn_d2.modeling import retinanet
 from wsbcn_d2.modeling.retinanet import WSRetinaNetHead
 
@@ -36,13 +36,13 @@ def run(head, features):
 
 def test_once_each(head, features, monkeypatch):
     used = []
-    standardize = ws_conv._standardize
+    standardize = weight_standardization._standardize_as
 
     def counted(weight, *options):
         used.append(id(weight))
         return standardize(weight, *options)
 
-    monkeypatch.setattr(ws_conv, "_standardize", counted)
+    monkeypatch.setattr(weight_standardization, "_standardize_as", counted)
     shared = run(head, features)
     assert len(used) == len(set(used)) == 4
     used.clear()
@@ -66,7 +66,7 @@ def test_the_next_forward_sees_an_edit(head, features):
 def test_a_forward_that_fails_leaves_nothing_behind(head, features):
     with pytest.raises(RuntimeError):
         head([features[0], torch.randn(1, 7, 4, 4), features[2]])
-    assert not any("_shared" in module.__dict__ for module in head.modules())
+    assert reparametrized_conv._scope.weights is None
 
 
 def test_it_can_be_scripted(head, features):

@@ -54,7 +54,7 @@ def close(actual, expected, tolerance, floor=1e-30):
     assert_close(actual.double() / scale, expected / scale, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("fused", ["cpp", "native", "off"])
+@pytest.mark.parametrize("fused", ["cpp", "off"])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("name", INPUTS)
@@ -124,7 +124,7 @@ FILTERS = {
 }
 
 
-@pytest.mark.parametrize("fused", ["cpp", "native", "off"])
+@pytest.mark.parametrize("fused", ["cpp", "off"])
 @pytest.mark.parametrize("formula", WS_FORMULAS)
 @pytest.mark.parametrize("name", FILTERS)
 def test_weights(name, formula, fused, monkeypatch):

@@ -8,7 +8,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from wsbcn_d2 import BatchChannelNorm2d
-from wsbcn_d2.layers import fused_bcn
+from wsbcn_d2.layers.kernels.autograd import _FusedBCN
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_trains_in_every_precision_and_layout(model, make_batch, dtype, layout):
                 lambda module, inputs, y: seen.add(type(y.grad_fn).__name__)
             )
     found = train(model, batch, 3, dtype)
-    assert seen == {fused_bcn._FusedBCN.__name__ + "Backward"}
+    assert seen == {_FusedBCN.__name__ + "Backward"}
     rtol = 1e-4 if dtype == torch.float32 else 0.1
     assert found == pytest.approx(exact, rel=rtol, abs=rtol)
     for name, tensor in model.state_dict().items():
@@ -60,7 +60,8 @@ def test_trains_in_every_precision_and_layout(model, make_batch, dtype, layout):
 
 def test_the_backbone_compiles_without_graph_breaks(model):
     """Detectron2's FPN has one of its own on some versions; in our layers there is none."""
-    x = torch.randn(1, 3, 64, 96)
+    x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    model.double()
     state = copy.deepcopy(model.state_dict())
     expected = model.backbone(x)
     moved = copy.deepcopy(model.backbone.state_dict())

@@ -62,6 +62,17 @@ def test_a_report_from_records_of_another_machine(compare, tmp_path, monkeypatch
     assert "bcn_1img_seed2" in (tmp_path / "here" / "report.html").read_text()  # not run yet
 
 
+def test_options_may_stand_in_a_file(compare, tmp_path, capsys):
+    path = tmp_path / "study.args"
+    path.write_text("# one\n--variants gn  bcn\n\n--title 'Two words' # two\n--output out A.B 1\n")
+    args = compare.parse(["--seeds", "7", f"@{path}"])
+    assert (args.variants, args.seeds, args.title) == (["gn", "bcn"], [7], "Two words")
+    assert (args.output, args.opts) == ("out", ["A.B", "1"])
+    with pytest.raises(SystemExit) as stopped:
+        compare.parse(["@absent.args"])
+    assert stopped.value.code == 2 and "absent.args" in capsys.readouterr().err
+
+
 def test_hardware_is_one_line():
     assert hardware() and "\n" not in hardware()
 

@@ -1,13 +1,16 @@
 """What a plan's runs are, and which records stand for them."""
 
+import functools
 import itertools
+import json
+import shlex
 from pathlib import Path
 
 import pytest
 
 from wsbcn_d2.config import get_cfg
 from wsbcn_d2.engine import UsageError, load_config
-from wsbcn_d2.study import find_records, make_plan, matching, write_record
+from wsbcn_d2.study import find_records, make_plan, matching, plan, write_record
 from wsbcn_d2.study.plan import default_of, flatten, label_configs
 
 from .helpers import make_record
@@ -142,6 +145,86 @@ def test_where_a_run_happens_makes_no_other_run():
     (one,) = make_plan({"gn": CONFIGS["gn"]})
     (other,) = make_plan({"gn": CONFIGS["gn"]}, opts=elsewhere)
     assert one.digest == other.digest
+
+
+# Where a run leaves things, how it is watched, and how fast it goes.
+NOT_WHAT_IT_COMPUTES = {
+    "OUTPUT_DIR",
+    "VERSION",
+    "VIS_PERIOD",
+    "DATALOADER.NUM_WORKERS",
+    "MODEL.DEVICE",
+    "MODEL.BCN.MONITOR_PERIOD",
+    "SOLVER.CHECKPOINT_PERIOD",
+}
+
+
+def another(value):
+    """Another value of the same type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    return value + "x" if isinstance(value, str) else ["x"]
+
+
+@pytest.mark.parametrize("variant", ["gn", "bcn_ws"])
+def test_every_key_of_a_config_takes_part_in_what_a_run_is(variant):
+    cfg = load_config(CONFIGS[variant])
+    settings = plan._settings(cfg)
+    without = set()
+    for key, value in flatten(cfg).items():
+        changed = cfg.clone()
+        changed.defrost()
+        *nodes, leaf = key.split(".")
+        functools.reduce(getattr, nodes, changed)[leaf] = another(value)
+        if plan._settings(changed) == settings:
+            without.add(key)
+    no_effect = {key for key in flatten(cfg) if key.startswith(("MODEL.BCN.", "MODEL.WS."))}
+    assert without == NOT_WHAT_IT_COMPUTES | (no_effect if variant == "gn" else set())
+    assert any(key.startswith("SOLVER.") for key in flatten(cfg).keys() - without)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_new_key_at_its_default_leaves_a_run_what_it_is(variant, monkeypatch):
+    """Digest and all: the folder that an interrupted run goes on in has it in its name."""
+    before = make_plan({variant: CONFIGS[variant]})[0]
+
+    def grown():
+        cfg = get_cfg()
+        cfg.MODEL.BCN.NEW_KEY = 32
+        cfg.MODEL.WS.NEW_KEY = []
+        cfg.MODEL.NEW_KEY = []
+        cfg.NEW_KEY = "x"
+        return cfg
+
+    monkeypatch.setattr("wsbcn_d2.config.get_cfg", grown)
+    monkeypatch.setattr("wsbcn_d2.study.plan._defaults", flatten(grown()))
+    (after,) = make_plan({variant: CONFIGS[variant]})
+    assert (after.settings, after.name) == (before.settings, before.name)
+    (other,) = make_plan({variant: CONFIGS[variant]}, opts=["MODEL.NEW_KEY", "['a']"])
+    assert matching(other, [{"settings": before.settings}]) is None
+    (other,) = make_plan({variant: CONFIGS[variant]}, opts=["MODEL.BCN.NEW_KEY", "16"])
+    same = not variant.startswith("bcn")  # it has no BCN that the key could be of
+    assert (matching(other, [{"settings": before.settings}]) is not None) == same
+
+
+RECORDS = sorted(Path(__file__).resolve().parents[2].glob("configs/*/results/records*/*.json"))
+
+
+def test_committed_records_are_found_by_the_runs_that_made_them(monkeypatch):
+    """The command in each makes a run with the record's settings, whatever was added since."""
+    monkeypatch.chdir(SHAPES.parents[1])
+    assert len(RECORDS) > 70
+    for path in RECORDS:
+        record = json.loads(path.read_text())
+        words = shlex.split(record["command"])
+        cfg = load_config(words[3], words[4:])
+        settings = plan._settings(cfg)
+        if plan.WEIGHTS in record["settings"]:  # of a file that is not here
+            settings[plan.WEIGHTS] = record["settings"][plan.WEIGHTS]
+        run = plan.Run(record["variant"], words[3], tuple(words[4:]), settings)
+        assert matching(run, [record]) is record, path.name
 
 
 def test_a_key_that_is_new_since_the_record_counts_as_its_default():

@@ -56,6 +56,8 @@ def test_what_it_says(study):
     _, page, _ = study
     assert "GN &lt; BCN &amp; WS" in page and "&lt;nan&gt;" in page
     assert "42.0 ± 2.5" in page  # 41, 42, 43: 4.3027 / sqrt(3)
+    assert "<td>bcn_ws - gn</td><td>2</td><td>+10.0 ± 0.0</td>" in page
+    assert "<td>bcn_ws is ahead in box AP and mask AP</td>" in page
     assert "<td>MODEL.FPN.NORM</td><td>GN</td><td>BCN_WS</td>" in page
     assert "python tools/compare.py --seeds 1 2 3" in page
     assert "a processor, 2 cores, 1 thread(s) per run" in page
@@ -72,6 +74,18 @@ def test_files_beside_it(study):
     assert plots == ["ap_over_iterations", "ap_over_time", "channels", "final_ap", "loss"]
     for plot in (path.parent / "plots").iterdir():
         assert np.asarray(Image.open(plot).convert("L")).std() > 5
+
+
+def test_the_showcase_has_a_picture_of_the_runs(study):
+    path, _, records = study
+    root, options = path.parent, {"title": "t", "command": "c"}
+    page = write_report(records, root, strip="000.png", **options).read_text()
+    assert "<h2>AP over iterations, and one picture" in page
+    pixels = np.asarray(Image.open(root / "plots" / "showcase.png").convert("RGB")).astype(int)
+    for color in (TEAL, RED):  # the truth, and what a run has drawn
+        assert (np.abs(pixels - color).max(-1) <= 12).sum() > 500
+    with pytest.raises(ValueError, match=r"no run here has a picture 001\.png"):
+        write_report(records, root, strip="001.png", **options)
 
 
 def test_records_without_curves_or_pictures_still_make_a_report(tmp_path):

@@ -1,52 +1,158 @@
 """The committed results are what the documented commands make of the committed records."""
 
 import csv
+import importlib.util
+import json
 import re
-import shlex
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
-from .helpers import load_tool
+from wsbcn_d2.study.pages import prose
+
+from .helpers import TOOL, load_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "configs" / "shapes" / "results"
+FOLDERS = sorted((ROOT / "configs").glob("*/results"))
+STUDIES = sorted(path for folder in FOLDERS for path in folder.glob("*.args"))
 COMPARE = load_tool()
 AP = ("bbox", "segm")
 
 
-def documented_studies():
-    """Name of its output folder to arguments, for every command that names committed records."""
-    text = COMPARE.__doc__.replace("\\\n", " ")
-    variables = dict(re.findall(r'^    (\w+)="(.*)"$', text, re.MULTILINE))
-    studies = {}
-    for line in re.findall(r"^    tools/compare.py (\$.*)$", text, re.MULTILINE):
-        while "$" in line:
-            line = re.sub(r"\$(\w+)", lambda name: variables[name[1]], line)
-        # As the shell does: A{b,c}D is AbD AcD.
-        line = re.sub(r"(\S*)\{(\w+),(\w+)\}(\S*)", r"\g<1>\g<2>\g<4> \g<1>\g<3>\g<4>", line)
-        argv = shlex.split(line)
-        studies[Path(argv[argv.index("--output") + 1]).name] = argv
-    return studies
+def relative(path):
+    return str(path.relative_to(ROOT))
 
 
-STUDIES = documented_studies()
+@pytest.fixture(scope="module")
+def tool():
+    """``tools/update_results.py`` as a module; it imports its neighbour."""
+    spec = importlib.util.spec_from_file_location(
+        "update_results", TOOL.parent / "update_results.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(TOOL.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(TOOL.parent))
+    return module
 
 
-def test_every_committed_table_has_its_command():
-    tables = {path.stem for path in RESULTS.glob("*.csv")} - {"pretrain"}
-    assert tables == STUDIES.keys() | {f"{name}_runs" for name in STUDIES}
+def test_there_are_results():
+    assert RESULTS in FOLDERS and len(STUDIES) >= 14
 
 
-@pytest.mark.parametrize("name", STUDIES)
-def test_the_command_makes_the_committed_table(name, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("folder", FOLDERS, ids=relative)
+def test_every_committed_table_has_its_command(folder):
+    tables = {path.stem for path in folder.glob("*.csv")} - {"pretrain"}
+    studies = {path.stem for path in folder.glob("*.args")}
+    assert {re.sub("_(pairs|runs)$", "", table) for table in tables} == studies
+    assert tables >= studies | {f"{name}_runs" for name in studies}
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=relative)
+def test_the_committed_tables_are_made_of_records(study, tool, monkeypatch):
     monkeypatch.chdir(ROOT)
-    argv = [str(tmp_path) if word == f"output/{name}" else word for word in STUDIES[name]]
-    assert COMPARE.main(["--report-only", *argv]) == 0
+    folder = study.parent
+    records = tool.records_of(folder.relative_to(ROOT), study.stem)  # an error if one is missing
+    assert len(records) == len(COMPARE.plan(COMPARE.parse([f"@{study}"])))
+    text = (folder / f"{study.stem}.csv").read_text()
+    assert tool.summary_csv(tool.summarize(records)) == text
+    assert tool.runs_csv(records) == (folder / f"{study.stem}_runs.csv").read_text()
+    pairs = folder / f"{study.stem}_pairs.csv"
+    if pairs.is_file():
+        assert tool.pairs_csv(tool.compare_pairs(records)) == pairs.read_text()
+    else:
+        assert not tool.compare_pairs(records)
+
+
+def test_everything_is_up_to_date(tool, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert tool.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_what_was_edited_by_hand_is_found_and_mended(tool, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for name in ("README.md", "long.args", "long.csv", "long_pairs.csv", "long_runs.csv"):
+        shutil.copy(RESULTS / name, folder)
+    text = "\n".join(f"<!-- {kind}: long -->\n<!-- end -->\nand" for kind in ("ap", "pairs"))
+    (folder / "README.md").write_text(text)
+    assert tool.main(["--check", str(folder)]) == 1
+    assert (folder / "README.md").read_text() == text
+    assert tool.main([str(folder)]) == 0
+    assert tool.main(["--check", str(folder)]) == 0
+    filled = (folder / "README.md").read_text()
+    assert prose(filled) == prose(text)
+    (folder / "README.md").write_text(filled.replace("41.7", "41.8"))
+    table = (folder / "long.csv").read_text()
+    (folder / "long.csv").write_text(table.replace("41.7", "41.8"))
+    capsys.readouterr()
+    assert tool.main(["--check", str(folder)]) == 1
+    assert capsys.readouterr().out == "".join(
+        f"{folder / name}: differs\n" for name in ("long.csv", "README.md")
+    )
+    assert tool.main([str(folder)]) == 0
+    assert (folder / "README.md").read_text() == filled
+    assert (folder / "long.csv").read_text() == table
+
+
+def test_a_study_without_all_of_its_records_makes_nothing(tool, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "README.md").write_text("<!-- ap: x -->\n<!-- end -->")
+    args = (RESULTS / "long.args").read_text().replace("1 2 3", "1 2 3 99")
+    (folder / "x.args").write_text(args)
+    assert tool.main([str(folder)]) == 2
+    assert re.match(
+        r"error: .*x\.args: no record of gn_ws_1img_seed99_\w+\n", capsys.readouterr().err
+    )
+    assert {path.name for path in folder.iterdir()} == {"README.md", "x.args"}
+
+
+def test_the_command_makes_the_committed_table(tmp_path, monkeypatch, capsys):
+    """Through the documented command itself, for one of the studies."""
+    monkeypatch.chdir(ROOT)
+    lines = (RESULTS / "again.args").read_text().replace("output/again", str(tmp_path))
+    (tmp_path / "again.args").write_text(lines + "# a comment\n")
+    assert COMPARE.main(["--report-only", f"@{tmp_path / 'again.args'}"]) == 0
     assert "not run yet" not in (tmp_path / "report.html").read_text()
-    for made, committed in (("results", name), ("runs", f"{name}_runs")):
+    for made, committed in (("results", "again"), ("runs", "again_runs"), ("pairs", "again_pairs")):
         assert (tmp_path / f"{made}.csv").read_text() == (RESULTS / f"{committed}.csv").read_text()
     assert (tmp_path / "results.md").read_text() in capsys.readouterr().out
+
+
+NUMBER = re.compile(r"(?<![\w.])\d+\.\d+|\d+(?:\.\d+)? ?%|±|\+-")
+
+
+def settings_of(folder):
+    """Numbers of the configs, which a page may name."""
+    found = set()
+    for path in folder.glob("records*/*.json"):
+        values = json.loads(path.read_text())["settings"].values()
+        found |= {f"{value:g}" for value in values if isinstance(value, float)}
+    return found
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=relative)
+def test_no_result_is_typed_by_hand(folder):
+    """Outside of the tables that code makes, a page names settings, and no number else."""
+    page = (folder / "README.md").read_text()
+    allowed = settings_of(folder) | {"95 %"}
+    assert set(NUMBER.findall(prose(page))) <= allowed
+    assert NUMBER.findall("GN+WS 41.7 ± 1.5, 1.4 +- 2, 3 %") == [
+        "41.7",
+        "±",
+        "1.5",
+        "1.4",
+        "+-",
+        "3 %",
+    ]
 
 
 def intervals(name):
@@ -57,21 +163,10 @@ def intervals(name):
             yield row["variant"], [f"{mean:.1f} +- {half:.1f}" for mean, half in means]
 
 
-def test_the_page_of_results_has_the_table_of_the_study():
-    page = (RESULTS / "README.md").read_text()
-    names = {"bn": "BN", "gn": "GN", "gn_ws": "GN+WS", "bcn": "BCN", "bcn_ws": "BCN+WS"}
-    cells: dict[str, list[str]] = {}
-    for variant, numbers in intervals("study"):  # one image per step, then two
-        cells.setdefault(variant, []).extend(numbers)
-    assert cells.keys() == names.keys()
-    for variant, numbers in cells.items():
-        assert f"| {names[variant]} | " + " | ".join(numbers) + " |" in page
-
-
 @pytest.mark.parametrize(
-    "name", ["long", "rates_seeds", "first_batch", "first_batch_2000", "finetune"]
+    "name", ["study", "long", "rates_seeds", "first_batch", "first_batch_2000", "finetune"]
 )
 def test_the_page_of_results_has_the_tables_numbers(name):
     page = (RESULTS / "README.md").read_text()
     for _, numbers in intervals(name):
-        assert all(number in page for number in numbers)
+        assert all(number.replace("+-", "±") in page for number in numbers)

@@ -1,5 +1,6 @@
 """Running, stopping and going on, with a trainer that takes no time."""
 
+import functools
 import json
 import os
 import signal
@@ -198,9 +199,44 @@ def test_a_run_ends_when_its_study_was_killed(tmp_path):
         assert not Path(f"/proc/{pid}").exists()
 
 
-def test_the_command_of_a_run_can_be_pasted():
-    run = Run("a", "a.yaml", ("DATASETS.TEST", "('x',)", "SEED", "1"), {"SEED": 1})
+@pytest.mark.parametrize("word", ["('x',)", "$HOME", "a'b", 'a"b', "`id`", "", "a;b", "*", "x\ny"])
+def test_the_command_of_a_run_can_be_pasted(word):
+    run = Run("a", "my configs/a.yaml", ("DATASETS.TEST", word, "SEED", "1"), {"SEED": 1})
     text = repeat_command(run, "tools/train_net.py")
-    assert text == (
-        "python tools/train_net.py --config-file a.yaml DATASETS.TEST \"('x',)\" SEED 1"
+    # What a shell makes of it, as a program sees it.
+    show = f"python() {{ printf '%s\\0' \"$@\"; }}; {text}"
+    done = subprocess.run(["bash", "-c", show], capture_output=True, text=True, check=True)
+    words = ["tools/train_net.py", "--config-file", "my configs/a.yaml"]
+    assert done.stdout.split("\0")[:-1] == [*words, "DATASETS.TEST", word, "SEED", "1"]
+
+
+@pytest.mark.parametrize("missing", ["last iteration", "one task's last"])
+def test_a_run_that_stopped_short_does_not_count_as_finished(tmp_path, missing):
+    """Though its process ended well: only an AP of the last iteration is a result."""
+    run = make_run("a")
+    rows = [{"iteration": i, "time": 0.5, "bbox/AP": 1.0, "segm/AP": 1.0} for i in (9, 19, 29, 39)]
+    if missing == "last iteration":
+        del rows[-1]
+    else:
+        del rows[-1]["segm/AP"]
+    write = "import sys; open(sys.argv[1] + '/metrics.json', 'w').write(sys.argv[2])"
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (failure,) = run_all(
+        [run],
+        tmp_path,
+        lambda run, folder: [sys.executable, "-c", write, str(folder), text],
+        poll_seconds=0.05,
     )
+    assert "no result: no AP of iteration 40" in failure.reason
+    assert find_records(tmp_path / "records") == []
+
+
+def test_a_log_gets_few_lines(tmp_path, command_of, capsys):
+    """Where there is no terminal, not a line per look: one at the start and at the end, at most."""
+    place = functools.partial(command_of, pause=0.2)
+    assert run_all([make_run("a"), make_run("b")], tmp_path, place, poll_seconds=0.01) == []
+    said = capsys.readouterr()
+    done = [line for line in said.out.splitlines() if line]
+    assert [line.split("_")[0] for line in done] == ["done: a", "done: b"]
+    lines = [line for line in said.err.splitlines() if line.strip()]
+    assert len(lines) <= 4 and "100% 160/160" in lines[-1]

@@ -23,6 +23,7 @@ from ..checkpoint import LoadExpectation, WSBCNCheckpointer
 from ..config import UsageError, one_line
 from ..data import classification_mapper
 from ..data.checks import Wanted, check_sets
+from ..modeling.recomputation import modules_named
 from .trainer import estimate_hooks
 
 __all__ = ["Keys", "Setup", "check_config", "check_datasets", "check_setup"]
@@ -39,7 +40,9 @@ class Keys:
     images: str = "SOLVER.IMS_PER_BATCH"
     reference: str = "SOLVER.REFERENCE_WORLD_SIZE"
     accumulate: str = "SOLVER.ACCUMULATE"
+    recompute: str = "MODEL.RECOMPUTE"
     weights: str = "MODEL.WEIGHTS"
+    freeze: str = "MODEL.BACKBONE.FREEZE_AT"
     estimates: str = "MODEL.BCN"
 
 
@@ -53,6 +56,7 @@ class Setup:
         images: per step, over all processes.
         reference: number of processes that ``images`` is meant for; 0 for any.
         accumulate: micro-batches that a process's images are split into.
+        recompute: patterns of modules to recompute in backward.
         weights: path, URL or "".
         output_dir: where a checkpoint to resume from would be.
         estimates: keyword arguments of :func:`estimate_hooks`.
@@ -68,6 +72,7 @@ class Setup:
     images: int
     reference: int
     accumulate: int
+    recompute: Iterable[str]
     weights: str
     output_dir: str
     estimates: dict
@@ -103,7 +108,8 @@ def check_setup(
         _check_batch(setup, world_size)
     check_datasets(setup.test, keys.test)
     weights = setup.weights
-    if resume and PathManager.exists(os.path.join(setup.output_dir, "last_checkpoint")):
+    resumes = resume and PathManager.exists(os.path.join(setup.output_dir, "last_checkpoint"))
+    if resumes:
         weights = ""
     _check_weights(weights, keys.weights)
     try:
@@ -112,7 +118,13 @@ def check_setup(
         raise UsageError(f"{keys.estimates}: {one_line(error)}") from error
     model = _on_meta(setup.model)
     if not eval_only:
+        if not weights and not resumes:
+            _check_frozen(model, keys)
         setup.training(model)
+        try:
+            modules_named(model, setup.recompute)
+        except ValueError as error:
+            raise UsageError(f"{keys.recompute}: {one_line(error)}") from error
     if weights and "://" not in weights:  # others are fetched, and checked then
         WSBCNCheckpointer(model, expected=setup.expected(model)).check(weights)
     setup.data(not eval_only)
@@ -154,6 +166,7 @@ def check_config(
         images=cfg.SOLVER.IMS_PER_BATCH,
         reference=cfg.SOLVER.REFERENCE_WORLD_SIZE,
         accumulate=cfg.SOLVER.ACCUMULATE,
+        recompute=cfg.MODEL.RECOMPUTE,
         weights=cfg.MODEL.WEIGHTS,
         output_dir=cfg.OUTPUT_DIR,
         estimates={
@@ -262,6 +275,17 @@ def _check_weights(weights: str, key: str) -> None:
     if not PathManager.isfile(path):
         raise UsageError(
             f"{key} {path!r} not found: give the path of a checkpoint, or '' to train from scratch"
+        )
+
+
+def _check_frozen(model: nn.Module, keys: Keys) -> None:
+    """Refuse to train on layers that stay as they were drawn at random."""
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad and p.dim() > 1]
+    if frozen:
+        raise UsageError(
+            f"{keys.weights} '' leaves {len(frozen)} frozen layers at random values, "
+            f"{frozen[0].removesuffix('.weight')!r} first: give weights, or train all, "
+            f"{keys.freeze} 0"
         )
 
 

@@ -23,6 +23,7 @@ from ..config import UsageError, one_line
 from ..data import register_coco_sets
 from ..data.checks import Wanted, check_sets
 from ..layers import DEFAULT_UPDATE_RATE, skip_first_batch_init
+from ..modeling.recomputation import recompute
 from .accumulate import accumulate
 from .checks import Keys, Setup, check_setup
 from .processes import set_up_process
@@ -113,7 +114,9 @@ _KEYS = Keys(
     images="dataloader.train.total_batch_size",
     reference="train.reference_world_size",
     accumulate="train.accumulate",
+    recompute="train.recompute",
     weights="train.init_checkpoint",
+    freeze="freeze_at of model.backbone",
     estimates="train.bcn",
 )
 
@@ -132,6 +135,7 @@ def check_lazy_config(
     """
 
     def training(model):
+        _check_milestones(cfg)
         _built(cfg, "lr_multiplier")
         optimizer = copy.deepcopy(cfg.optimizer)
         optimizer.params.model = model
@@ -150,6 +154,7 @@ def check_lazy_config(
         images=cfg.dataloader.train.total_batch_size,
         reference=cfg.train.get("reference_world_size", 0),
         accumulate=cfg.train.get("accumulate", 1),
+        recompute=cfg.train.get("recompute", []),
         weights=cfg.train.init_checkpoint,
         output_dir=cfg.train.output_dir,
         estimates=_estimates(cfg),
@@ -182,6 +187,19 @@ def _wanted(cfg: DictConfig) -> Wanted:
         masks_key="model.roi_heads.mask_head",
         format_key="dataloader.train.mapper.instance_mask_format",
     )
+
+
+def _check_milestones(cfg: DictConfig) -> None:
+    """Refuse steps of the learning rate after the end: a shortened length leaves them behind."""
+    steps = OmegaConf.select(cfg, "lr_multiplier.scheduler.milestones", default=None) or []
+    end = cfg.train.max_iter
+    late = [step for step in steps if step >= end]
+    if late:
+        raise UsageError(
+            f"train.max_iter {end} ends before lr_multiplier.scheduler.milestones {list(steps)}: "
+            "change both, for example lr_multiplier.scheduler.milestones="
+            f"[{','.join(str(step * end // (steps[-1] * 10 // 9)) for step in steps)}]"
+        )
 
 
 def _estimates(cfg: DictConfig) -> dict:
@@ -275,7 +293,8 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict:
         dict: the last evaluation's results; empty on other processes than the first.
     """
     cfg = auto_scale(copy.deepcopy(cfg), comm.get_world_size())  # a model is put into it below
-    model = instantiate(cfg.model).to(cfg.train.device)
+    model = recompute(instantiate(cfg.model), cfg.train.get("recompute", []))
+    model.to(cfg.train.device)
     if not cfg.train.get("bcn", {}).get("first_batch_init", True):
         skip_first_batch_init(model)
     logging.getLogger(__name__).info(f"Model:\n{model}")

@@ -1,5 +1,6 @@
 """Starting a job and its processes: Detectron2's launcher, or torchrun's environment."""
 
+import functools
 import logging
 import os
 import sys
@@ -18,7 +19,14 @@ from ..checkpoint import CheckpointError
 from ..config import UsageError
 from ..data import DataError
 
-__all__ = ["launch", "run_command", "set_up_process", "world_size_of"]
+__all__ = [
+    "is_python",
+    "launch",
+    "one_line_errors",
+    "run_command",
+    "set_up_process",
+    "world_size_of",
+]
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
@@ -112,8 +120,33 @@ def _create_local_group(local_size: int) -> None:
             comm._LOCAL_PROCESS_GROUP = group
 
 
-def run_command(check: Callable[..., None], main: Callable[[Namespace], object]) -> int:
+def one_line_errors(command: Callable[..., object]) -> Callable[..., int]:
+    """Make a command answer wrong input with one line on stderr.
+
+    Args:
+        command: its result is the exit code if it is an int, else that is 0.
+
+    Returns:
+        The same, whose result is 2 after a UsageError, CheckpointError or DataError.
+    """
+
+    @functools.wraps(command)
+    def run(*args, **kwargs) -> int:
+        try:
+            result = command(*args, **kwargs)
+        except (UsageError, CheckpointError, DataError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return result if isinstance(result, int) else 0
+
+    return run
+
+
+@one_line_errors
+def run_command(check: Callable[..., None], main: Callable[[Namespace], object]) -> None:
     """A training script: read Detectron2's command line, check the job, run it.
+
+    ``--num-gpus 0`` is one process on the CPU.
 
     Args:
         check: is given the command line's ``args`` and the keyword arguments of
@@ -124,13 +157,22 @@ def run_command(check: Callable[..., None], main: Callable[[Namespace], object])
         int: the exit code; 2 after wrong input, which is answered with one line on stderr.
     """
     args = default_argument_parser().parse_args()
-    try:
-        check(args, world_size=world_size_of(args), eval_only=args.eval_only, resume=args.resume)
-        launch(main, args)
-    except (UsageError, CheckpointError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if args.num_gpus < 0 or args.num_machines < 1:
+        raise UsageError(
+            f"--num-gpus {args.num_gpus} --num-machines {args.num_machines}: say how many, "
+            "--num-gpus 0 for the CPU"
+        )
+    if args.num_gpus == 0:
+        args.num_gpus = 1
+        cpu = ["train.device=cpu"] if is_python(args.config_file) else ["MODEL.DEVICE", "cpu"]
+        args.opts = [*args.opts, *cpu]
+    check(args, world_size=world_size_of(args), eval_only=args.eval_only, resume=args.resume)
+    launch(main, args)
+
+
+def is_python(config_file: str) -> bool:
+    """Whether a config is of Python (LazyConfig), and not YAML."""
+    return config_file.endswith(".py")
 
 
 def set_up_process(cfg: object, args: Namespace, output_dir: str, device: str) -> None:

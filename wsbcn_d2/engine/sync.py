@@ -10,8 +10,11 @@ the moments, and the pooled variance also has the variance between the processes
 with every batch at an update rate of 1.
 
 A process whose batch was empty contributes its unchanged estimates, or nothing before its first
-batch. A layer that runs several times per step (a head shared by FPN levels) makes second-order
-terms differ: there the average is an approximation, still identical on all processes.
+batch. Where a layer runs several times between two averages (a head shared by FPN levels,
+accumulated gradients), means are still exact. Each variance is around the process's own mean
+instead of the common one: with two runs at rate r, whose batch means deviate from the mean over
+the processes by d and e, it differs by r^2 Var(e - d) after the first average, and by
+r^3 Var(d) - 2 r^2 Cov(d, e) after later ones. All processes have the same.
 """
 
 import torch
@@ -36,8 +39,9 @@ def contribution(
         count: shape (L,), int64: batches that each layer has seen. Before the step, the
             processes agreed on it.
         layer: shape (K,), int64: the layer of each channel.
-        outright: shape (L,), bool: layers whose update rate is 1, so that every batch sets their
-            estimates as the first one does; None: there are none.
+        outright: shape (L,), bool: layers whose estimates start from what a batch of this step
+            set: the update rate is 1, or they had seen none before. None: those that have seen
+            at most one.
 
     Returns:
         float64 vector of 3K + 3L sums-to-be, for :func:`merge`.
@@ -74,7 +78,7 @@ def merge(
     first = (later == 0)[layer]
     var = torch.where(first, var + (square - mean.square()).clamp(min=0), var)
     var = torch.where((seen == 0)[layer], torch.ones_like(var), var)
-    # Counts differ by at most one (empty batches), so the largest is the mean, rounded up.
+    # Counts differ by the empty batches alone.
     return mean, var, torch.ceil(count / world_size).long()
 
 
@@ -91,6 +95,9 @@ class EstimateSynchronizer:
         layer = torch.arange(len(norms)).repeat_interleave(sizes)
         self._sizes = sizes.tolist()
         self._layer = layer.to(norms[0].running_mean.device)
+        # Batches that the processes agree on having seen: 0 before a layer's first average, by
+        # when it may have run more than once.
+        self._agreed = torch.stack([norm.num_batches_tracked for norm in norms])
 
     @torch.no_grad()
     def synchronize(self) -> None:
@@ -98,16 +105,18 @@ class EstimateSynchronizer:
         means = [norm.running_mean for norm in self._norms]
         variances = [norm.running_var for norm in self._norms]
         counts = [norm.num_batches_tracked for norm in self._norms]
-        outright = [norm.momentum >= 1 for norm in self._norms]
+        outright = [norm.momentum is not None and norm.momentum >= 1 for norm in self._norms]
+        outright = torch.tensor(outright).to(self._layer.device, non_blocking=True)
         total = contribution(
             torch.cat(means),
             torch.cat(variances),
             torch.stack(counts),
             self._layer,
-            torch.tensor(outright, device=self._layer.device) if any(outright) else None,
+            outright | (self._agreed == 0),
         )
         dist.all_reduce(total)
         mean, var, count = merge(total, dist.get_world_size(), self._layer, len(self._norms))
         torch._foreach_copy_(means, list(mean.to(means[0].dtype).split(self._sizes)))
         torch._foreach_copy_(variances, list(var.to(variances[0].dtype).split(self._sizes)))
         torch._foreach_copy_(counts, list(count.unbind()))
+        self._agreed = count

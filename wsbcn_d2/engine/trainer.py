@@ -33,6 +33,7 @@ from ..data import (
     register_coco_sets,
 )
 from ..layers import skip_first_batch_init
+from ..modeling.recomputation import recompute
 from .accumulate import accumulate
 from .evaluation import build_evaluator
 from .hooks import EstimateSync, UpdateRateSchedule
@@ -140,8 +141,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """Detectron2's model, its running estimates prepared as the config says."""
-        model = super().build_model(cfg)
+        """Detectron2's model, its running estimates and recomputation as the config says."""
+        model = recompute(super().build_model(cfg), cfg.MODEL.RECOMPUTE)
         return model if cfg.MODEL.BCN.FIRST_BATCH_INIT else skip_first_batch_init(model)
 
     @classmethod

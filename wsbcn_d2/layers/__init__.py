@@ -8,10 +8,10 @@ from .estimated_batch_norm import (
     skip_first_batch_init,
     update_estimates,
 )
-from .norm import NORM_REGISTRY, register_norms, unregister_norms
-from .recomputed_conv import standardize_once
-from .reparam import WS_KINDS, CWNConv2d, WNConv2d, convert_convs, normalize_weight
-from .ws_conv import WS_FORMULAS, WSConv2d, standardize_weight
+from .registry import NORM_REGISTRY, register_norms, unregister_norms
+from .reparametrized_conv import standardize_once
+from .weight_normalization import WS_KINDS, CWNConv2d, WNConv2d, convert_convs, normalize_weight
+from .weight_standardization import WS_FORMULAS, WSConv2d, standardize_weight
 
 __all__ = [
     "DEFAULT_UPDATE_RATE",

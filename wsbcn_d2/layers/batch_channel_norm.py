@@ -12,12 +12,14 @@ Deviations from the released code:
 import torch
 from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 
-from .backend import backend_for, supports
 from .estimated_batch_norm import DEFAULT_UPDATE_RATE, EstimatedBatchNorm2d, check_input
-from .fused_bcn import ConstantBatchNorm, fused_bcn
+from .kernels.autograd import fused_bcn
+from .kernels.dispatch import backend_name, bcn_backend
+from .recomputation import recalled, remember, repeats
 
 __all__ = ["BatchChannelNorm2d", "channel_norm"]
 
@@ -46,6 +48,14 @@ def channel_norm(
     )
 
 
+def readable(x, weight, bias, bn_weight, bn_bias, mean, inverse, eps):
+    """BCN as it is defined, on constants mean and inverse = 1 / sqrt(var + eps) of shape (C,)."""
+    scale = inverse if bn_weight is None else inverse * bn_weight
+    shift = -mean * scale if bn_bias is None else bn_bias - mean * scale
+    z = x.to(weight.dtype) * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+    return channel_norm(z, weight.shape[0], weight, bias, eps)
+
+
 def _sync_batch_norm(num_channels: int, eps: float) -> nn.Module:
     # PyTorch's own layer trains on CUDA only. Detectron2's stands in for CPU ranks, in the mode
     # that weighs ranks by their samples and so takes an empty one.
@@ -62,8 +72,8 @@ class BatchChannelNorm2d(nn.GroupNorm):
     both, freezing turns only ``bn`` into a FrozenBatchNorm2d, and PreciseBN finds ``bn``.
 
     Where the batch half's statistics are constants to autograd, which is all but training with
-    ``"batch"`` or ``"sync"``, both halves run fused (:mod:`.fused_bcn`), with the same results.
-    ``WSBCN_FUSED=off`` in the environment forces the composition.
+    ``"batch"`` or ``"sync"``, both halves run fused (:mod:`.kernels.autograd`), with the same
+    results. ``WSBCN_FUSED=off`` in the environment forces the composition.
 
     State dict: ``weight, bias`` of shape (G,), ``bn.weight, bn.bias, bn.running_mean,
     bn.running_var`` of shape (C,) and ``bn.num_batches_tracked``.
@@ -99,7 +109,6 @@ class BatchChannelNorm2d(nn.GroupNorm):
         self.affine = True
         self.weight = nn.Parameter(torch.ones(num_groups))
         self.bias = nn.Parameter(torch.zeros(num_groups))
-        self.statistics = statistics
         if statistics == "estimated":
             self.bn = EstimatedBatchNorm2d(num_channels, eps=eps, momentum=update_rate)
         elif statistics == "batch":
@@ -127,34 +136,68 @@ class BatchChannelNorm2d(nn.GroupNorm):
             y = self._fused(x)
             if y is not None:
                 return y
-        return channel_norm(self.bn(x), self.num_groups, self.weight, self.bias, self.eps)
+            z = self._batch_half(x)
+        else:
+            z = self.bn(x)
+        return channel_norm(z, self.num_groups, self.weight, self.bias, self.eps)
+
+    @torch.jit.unused
+    def _batch_half(self, x: torch.Tensor) -> torch.Tensor:
+        bn = self.bn
+        if type(bn) is EstimatedBatchNorm2d or not (bn.training and repeats()):
+            return bn(x)
+        # The batch's own moments are the same again, but must not be counted again.
+        return functional_call(bn, {name: t.clone() for name, t in bn.named_buffers()}, (x,))
+
+    @property
+    def statistics(self) -> str:
+        """What the batch half normalizes with in training, after whatever has become of it."""
+        kinds = {
+            EstimatedBatchNorm2d: "estimated",
+            FrozenBatchNorm2d: "frozen",
+            nn.BatchNorm2d: "batch",
+            nn.SyncBatchNorm: "sync",
+            NaiveSyncBatchNorm: "sync",
+        }
+        return kinds.get(type(self.bn), type(self.bn).__name__)
+
+    __jit_unused_properties__ = ["statistics"]
 
     @torch.jit.unused
     def _fused(self, x: torch.Tensor) -> torch.Tensor | None:
-        # A graph that somebody else compiles or exports gets the composition: Inductor fuses it
-        # by itself, and a traced or exported graph should hold plain operations.
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.numel() == 0:
+        bn = self.bn
+        if not _constant(bn):
             return None
-        if not supports(x, self.weight.dtype):
+        tensors = (self.weight, self.bias, bn.weight, bn.bias)
+        mean, var, count = bn.running_mean, bn.running_var, getattr(bn, "num_batches_tracked", None)
+        backend = bcn_backend(x, *tensors, mean, var, count)
+        if backend is None:
             return None
-        backend = backend_for(x.device, self.weight.dtype)
-        if backend == "off":
-            return None
-        bn = _constant(self.bn)
-        if bn is None or bn.mean.dtype != self.weight.dtype:
-            return None
-        return fused_bcn(x, self.weight, self.bias, bn, self.eps, backend)
+        moves = type(bn) is EstimatedBatchNorm2d and bn.training and bn.updates()
+        rate = None
+        if moves:
+            first_runs = recalled(bn, x)
+            if first_runs is not None:
+                mean, var = first_runs
+                moves = False
+            elif bn.momentum is None:
+                bn.update(x)
+            else:
+                rate = bn.momentum
+        y = fused_bcn(backend, readable, x, *tensors, mean, var, count, bn.eps, rate, self.eps)
+        if moves:
+            remember(bn, x)
+        return y
 
     def extra_repr(self) -> str:
-        backend = backend_for(self.weight.device, self.weight.dtype)  # what serves most inputs
         return (
             f"{self.num_channels}, num_groups={self.num_groups}, eps={self.eps:g}, "
-            f"statistics={self.statistics}, fused={backend}"
+            f"statistics={self.statistics}, fused={backend_name(self.weight)}"
         )
 
 
-def _constant(bn: nn.Module) -> ConstantBatchNorm | None:
-    """The batch half, if autograd may take its statistics as constants, and nobody listens."""
+def _constant(bn: nn.Module) -> bool:
+    """Whether autograd may take the batch half's statistics as constants, and nobody listens."""
     if (
         # PreciseBN counts samples by a hook on the batch norm, which must therefore be called.
         bn._forward_hooks
@@ -163,13 +206,9 @@ def _constant(bn: nn.Module) -> ConstantBatchNorm | None:
         or bn._backward_pre_hooks
         or nn_module._has_any_global_hook()
     ):
-        return None
+        return False
     # By exact type: a subclass may normalize in another way.
-    if type(bn) is EstimatedBatchNorm2d:
-        return ConstantBatchNorm(bn, bn.momentum if bn.training and bn.updates() else None)
-    if type(bn) is FrozenBatchNorm2d:
-        return ConstantBatchNorm(bn, None)
+    if type(bn) in (EstimatedBatchNorm2d, FrozenBatchNorm2d):
+        return True
     plain = type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm, NaiveSyncBatchNorm)
-    if plain and not bn.training and bn.running_mean is not None:
-        return ConstantBatchNorm(bn, None)
-    return None
+    return plain and not bn.training and bn.running_mean is not None

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .recomputation import recalled, remember
+
 __all__ = [
     "DEFAULT_UPDATE_RATE",
     "EstimatedBatchNorm2d",
@@ -35,7 +37,7 @@ def update_estimates(
     num_batches: torch.Tensor,
     batch_mean: torch.Tensor,
     batch_var: torch.Tensor,
-    rate: float,
+    rate: float | None,
 ) -> None:
     """Move running estimates, in place, towards the moments of one batch.
 
@@ -48,13 +50,18 @@ def update_estimates(
         mean, var: shape (C,), float32; updated.
         num_batches: shape (), int64; updated.
         batch_mean, batch_var: shape (C,): mean and biased variance (around ``batch_mean``).
-        rate: update rate r in [0, 1].
+        rate: update rate r in [0, 1]; None for the average over all batches so far, of their own
+            means and variances.
     """
     # Written for few operations: on small maps their number is what the update costs.
     total = (batch_mean + batch_var).sum()
     finite = (total - total) == 0
     new_mean, new_var = batch_mean, batch_var
-    if rate < 1:
+    if rate is None:
+        share = 1 / (num_batches + 1).to(mean.dtype)
+        new_mean = mean + share * (batch_mean - mean)
+        new_var = var + share * (batch_var - var)
+    elif rate < 1:
         delta = batch_mean - mean
         outright = num_batches == 0
         around_old_mean = torch.addcmul(batch_var - var, delta, delta)
@@ -79,9 +86,12 @@ class EstimatedBatchNorm2d(nn.BatchNorm2d):
     (:func:`update_estimates`), then y = weight (x - mean) / sqrt(var + eps) + bias with the
     updated estimates, which are constants to autograd. Evaluation is that of the parent.
 
-    ``momentum`` is the paper's update rate r. Being a BatchNorm2d, the layer is frozen by
-    ``FrozenBatchNorm2d.convert_frozen_batchnorm``, found by PreciseBN (whose momentum of 1 sets
-    the estimates to each batch's own moments) and weighed by ``SOLVER.WEIGHT_DECAY_NORM``.
+    ``momentum`` is the paper's update rate r; None, which ``torch.optim.swa_utils.update_bn`` sets,
+    averages over the batches, as in the parent (but with biased variances). A forward repeated
+    within a backward pass (activation checkpointing) moves nothing (:mod:`.recomputation`). Being a
+    BatchNorm2d, the layer is frozen by ``FrozenBatchNorm2d.convert_frozen_batchnorm``, found by
+    PreciseBN (whose momentum of 1 sets the estimates to each batch's own moments) and weighed by
+    ``SOLVER.WEIGHT_DECAY_NORM``.
     """
 
     def __init__(
@@ -128,27 +138,35 @@ class EstimatedBatchNorm2d(nn.BatchNorm2d):
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
+        mean, var = self.running_mean, self.running_var
         # numel() is a static shape check, not a device sync: an empty batch has no moments.
         if x.numel() > 0 and self.updates():
-            self._update(x)
-        scale, shift = self.scale_shift()
+            first_runs = recalled(self, x)
+            if first_runs is not None:
+                mean, var = first_runs
+            else:
+                self.update(x)
+                remember(self, x)
+        scale, shift = self._scale_shift(mean, var)
         y = x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
         return y.to(x.dtype)
 
-    def scale_shift(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The affine map that the current estimates amount to.
-
-        Returns:
-            (scale, shift), each of shape (C,): y = scale x + shift per channel.
-        """
-        scale = (self.running_var + self.eps).rsqrt()
+    def _scale_shift(
+        self, mean: torch.Tensor, var: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The affine map per channel that estimates amount to: y = scale x + shift."""
+        scale = (var + self.eps).rsqrt()
         # A clone, since autograd keeps the factor and a layer that is used again in the same
         # step (shared heads) updates the buffer in place before the backward pass.
-        mean = self.running_mean.clone()
+        mean = mean.clone()
         if not self.affine:
             return scale, -mean * scale
         scale = self.weight * scale
         return scale, self.bias - mean * scale
+
+    def __getstate__(self):
+        # Copies and pickles wait for no recomputation.
+        return {k: v for k, v in self.__dict__.items() if k not in ("_runs", "_lost")}
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # Estimates saved without a count (a frozen batch norm's, a Caffe2 model's) are estimates
@@ -159,10 +177,11 @@ class EstimatedBatchNorm2d(nn.BatchNorm2d):
 
     def updates(self) -> bool:
         """Whether a training forward moves the estimates."""
-        return self.momentum > 0 and not (self.affine and not self.weight.requires_grad)
+        return self.momentum != 0 and not (self.affine and not self.weight.requires_grad)
 
     @torch.no_grad()
-    def _update(self, x: torch.Tensor) -> None:
+    def update(self, x: torch.Tensor) -> None:
+        """Move the estimates towards the moments of a batch, not empty, by the update rate."""
         x = x.to(torch.promote_types(x.dtype, self.running_mean.dtype))
         batch_var, batch_mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
         update_estimates(

@@ -73,7 +73,7 @@ def _session(started: float) -> dict:
 
 def _draw(config_file: str, opts: list[str], folder: Path, count: int) -> None:
     # Imported late: drawing needs OpenCV, training does not.
-    from ..engine.visualize import draw_predictions
+    from ..predictor import draw_predictions
 
     cfg = load_config(config_file, [*opts, "MODEL.WEIGHTS", str(folder / "model_final.pth")])
     draw_predictions(cfg, str(folder / "predictions"), num_images=count, scale=2)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from .stats import mean_interval
 from .summary import TASKS, group, summarize
 
-__all__ = ["make_figures", "png_bytes", "save_figures"]
+__all__ = ["make_figures", "png_bytes", "save_figures", "showcase"]
 
 # Distinguishable with colour-blind eyes (Okabe and Ito), and a dash pattern beyond them.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
@@ -29,6 +29,12 @@ def _styles(records: Sequence[dict]) -> dict[str, dict]:
         v: {"color": _COLORS[i % n], "linestyle": _DASHES[i // n % len(_DASHES)]}
         for i, v in enumerate(variants)
     }
+
+
+def _text(label: str) -> str:
+    """A label as Matplotlib is to show it: no formula, and never left out of the legend."""
+    label = label.replace("$", r"\$")
+    return f" {label}" if label.startswith("_") else label
 
 
 def _axes(rows: int, columns: int, **kwargs):
@@ -54,8 +60,8 @@ def _draw(ax, members: Sequence[dict], curves: list, column: int, style: dict, l
     stats = [mean_interval(list(values)) for values in y.T]
     mean = np.array([value for value, _ in stats])
     marker = "o" if count <= 12 else None
-    ax.plot(x, mean, label=label, marker=marker, markersize=3, linewidth=1.5, **style)
-    if len(members) > 1:
+    ax.plot(x, mean, label=_text(label), marker=marker, markersize=3, linewidth=1.5, **style)
+    if min(len(members), len(curves)) > 1:
         half = np.array([half for _, half in stats])
         ax.fill_between(x, mean - half, mean + half, color=style["color"], alpha=0.12, linewidth=0)
 
@@ -82,6 +88,39 @@ def _ap_figure(records: Sequence[dict], column: int, xlabel: str) -> Figure:
     return figure
 
 
+def showcase(records: Sequence[dict], strip: dict[str, np.ndarray]) -> Figure:
+    """AP over iterations, with intervals, above one picture as each variant sees it.
+
+    Args:
+        records: of the variants to show; those at their fewest images per step are.
+        strip: title to pixels, (height, width, 3) of uint8, from left to right.
+    """
+    fewest = min(record["images_per_step"] for record in records)
+    records = [record for record in records if record["images_per_step"] == fewest]
+    styles, tasks = _styles(records), sorted({task for r in records for task in r["ap"]})
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1.6, 1))
+    axes = above.subplots(1, len(tasks), squeeze=False)
+    for (variant, _), members in group(records).items():
+        for ax, task in zip(axes[0], tasks, strict=True):
+            curves = [m["ap"][task] for m in members if m["ap"].get(task)]
+            # Before the first step a detector from scratch finds nothing.
+            curves = [[[0, 0.0, 0.0], *curve] for curve in curves]
+            if curves:
+                _draw(ax, members, curves, 0, styles[variant], f"{variant} ({len(curves)})")
+    for ax, task in zip(axes[0], tasks, strict=True):
+        ax.set(xlabel="iteration", ylabel=TASKS.get(task, f"{task} AP"))
+        ax.set_ylim(bottom=0)
+        ax.grid(alpha=0.3)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    above.legend(handles, labels, loc="outside right center", title="variant (seeds)")
+    for ax, (title, pixels) in zip(below.subplots(1, len(strip)), strip.items(), strict=True):
+        ax.imshow(pixels, interpolation="antialiased")
+        ax.set_title(_text(title), fontsize="medium")
+        ax.set_axis_off()
+    return figure
+
+
 def _final_figure(records: Sequence[dict]) -> Figure:
     """Final AP: mean and interval, and every seed as a dot."""
     styles, groups, rows = _styles(records), group(records), summarize(records)
@@ -98,7 +137,7 @@ def _final_figure(records: Sequence[dict]) -> Figure:
             ax.barh(place, mean, xerr=half, color=color, alpha=0.5, capsize=3)
             dots = [m["final_ap"][task] for m in members]
             ax.plot(dots, [place] * len(dots), ".", color="black", markersize=5)
-        labels = [f"{row.variant}, {row.images_per_step} img" for row in rows]
+        labels = [_text(f"{row.variant}, {row.images_per_step} img") for row in rows]
         ax.set_yticks(range(len(rows)), labels, fontsize="small")
         ax.invert_yaxis()
         ax.set_xlim(left=0)

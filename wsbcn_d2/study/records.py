@@ -6,7 +6,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +15,8 @@ import numpy as np
 import torch
 
 from ..engine.evaluation import has_compiled_ops
-from ..engine.visualize import read_metrics
+from ..files import replacing
+from .curves import read_metrics
 from .plan import WEIGHTS, Run, default_of
 
 __all__ = ["find_records", "make_record", "matching", "write_record"]
@@ -67,13 +67,9 @@ def find_records(*folders: str | os.PathLike) -> list[dict]:
 
 def write_record(record: dict, path: str | os.PathLike) -> None:
     """Write a record so that the file is there whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    with os.fdopen(handle, "w") as file:
-        file.write(json.dumps(record, sort_keys=True, allow_nan=False) + "\n")
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    text = json.dumps(record, sort_keys=True, allow_nan=False) + "\n"
+    with replacing(path) as part:
+        Path(part).write_text(text)
 
 
 def make_record(run: Run, folder: str | os.PathLike, command: str, threads: int) -> dict:
@@ -96,7 +92,7 @@ def make_record(run: Run, folder: str | os.PathLike, command: str, threads: int)
     times = metrics.get("time", [])
     seconds = _seconds(times)
     tasks = sorted(name[: -len("/AP")] for name in metrics if name.endswith("/AP"))
-    last = max((metrics[f"{task}/AP"][-1][0] for task in tasks), default=-1)
+    last = min((metrics[f"{task}/AP"][-1][0] for task in tasks), default=-1)
     if last < run.max_iter - 1:
         raise ValueError(f"no AP of iteration {run.max_iter} in {folder / 'metrics.json'}")
     curves = {}

@@ -8,14 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
-from .plots import make_figures, save_figures
+from ..files import replacing
+from .pairs import compare_pairs, pairs_csv, pairs_markdown, pairs_table
+from .plots import make_figures, save_figures, showcase
 from .summary import differences, group, runs_csv, summarize, summary_csv, table, to_markdown
 
 __all__ = ["write_report"]
 
 _TITLES = {
+    "showcase": "AP over iterations, and one picture",
     "final_ap": "AP at the end",
     "ap_over_iterations": "AP over iterations",
     "ap_over_time": "AP over time",
@@ -30,6 +34,11 @@ _NOTES = {
     "0 is what batch statistics give. Error of the estimates: against the mean over the last "
     "steps. Means over the norms of each part, from sampled steps.",
 }
+_PAIRED = (
+    "AP at the end, first variant minus second: mean over their common seeds ± half of its 95 % "
+    "interval (Student's t). Shown is what lies outside of its interval; of many differences that "
+    "are none, one in twenty does so by chance."
+)
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1150px; padding: 0 1em;
        color: #222; background: #fff }
@@ -71,15 +80,34 @@ def _jpeg(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _pictures(records: Sequence[dict], root: Path) -> str:
-    """A table of pictures: one line per validation image, a column per variant."""
+def _find_pictures(records: Sequence[dict], root: Path) -> dict[tuple[str, int], dict[str, Path]]:
+    """Of each variant and number of images per step, the pictures of the first run that has any."""
     columns = {}
-    for (variant, images), members in group(records).items():
+    for key, members in group(records).items():
         for record in members:
             found = sorted((root / "runs").glob(f"*_{record['digest']}/predictions/*.png"))
             if found:
-                columns[f"{variant}, {images} img"] = {path.name: path for path in found}
+                columns[key] = {path.name: path for path in found}
                 break
+    return columns
+
+
+def _showcase(records: Sequence[dict], root: Path, name: str) -> Figure:
+    paths = [
+        (variant, found[name])
+        for (variant, _), found in _find_pictures(records, root).items()
+        if name in found
+    ]
+    if not paths:
+        raise ValueError(f"no run here has a picture {name}")
+    strip = {"ground truth": _halves(paths[0][1])[0]}
+    return showcase(records, strip | {variant: _halves(path)[1] for variant, path in paths})
+
+
+def _pictures(records: Sequence[dict], root: Path) -> str:
+    """A table of pictures: one line per validation image, a column per variant."""
+    found = _find_pictures(records, root)
+    columns = {f"{variant}, {images} img": paths for (variant, images), paths in found.items()}
     if not columns:
         return '<p class="note">None: the runs were recorded on another machine.</p>\n'
     common = sorted(set.intersection(*(set(paths) for paths in columns.values())))
@@ -125,8 +153,12 @@ def write_report(
     title: str,
     command: str,
     missing: Sequence[str] = (),
+    strip: str = "",
 ) -> Path:
-    """Write report.html, results.md, results.csv, runs.csv and plots/*.png below ``root``.
+    """Write the report and what it is made of below ``root``.
+
+    report.html holds all; results.md the tables of AP and of paired differences, results.csv,
+    pairs.csv and runs.csv the numbers, plots/*.png the figures.
 
     Args:
         records: of finished runs, in the order in which variants are to appear.
@@ -134,27 +166,34 @@ def write_report(
         title: heading.
         command: the command line, for the reader to repeat.
         missing: lines about runs that have no result.
+        strip: file name of the picture to show below the curves in plots/showcase.png.
 
     Returns:
         Path: of the HTML file.
 
     Raises:
-        ValueError: without any record.
+        ValueError: without any record, or if no run has the picture.
     """
     if not records:
         raise ValueError("no run has finished: nothing to report")
     root = Path(root)
-    rows = summarize(records)
+    rows, pairs = summarize(records), compare_pairs(records)
     parts = [f"<h1>{html.escape(title)}</h1>\n", _table(*table(rows))]
     parts.append(
         '<p class="note">AP: mean ± half of the 95 % interval over seeds (Student\'s t). Learning '
         "rate and iterations follow the images per step by the linear rule, so that every run of "
         "a schedule sees the same images. Step time is the median; memory the peak.</p>\n"
     )
+    if pairs:
+        parts.append(f"<h2>Differences, paired by seed</h2>\n{_table(*pairs_table(pairs))}")
+        parts.append(f'<p class="note">{html.escape(_PAIRED)}</p>\n')
     if missing:
         items = "".join(f"<li>{html.escape(text)}</li>" for text in missing)
         parts.append(f'<p class="failed">Without a result:</p><ul class="failed">{items}</ul>\n')
-    for name, content in save_figures(make_figures(records), root / "plots").items():
+    figures = make_figures(records)
+    if strip:
+        figures = {"showcase": _showcase(records, root, strip)} | figures
+    for name, content in save_figures(figures, root / "plots").items():
         parts.append(f"<h2>{_TITLES[name]}</h2>\n{_image(content, 'png', _TITLES[name])}\n")
         parts.append(f'<p class="note">{html.escape(_NOTES.get(name, ""))}</p>\n')
     parts.append(f"<h2>Predictions</h2>\n{_pictures(records, root)}")
@@ -165,9 +204,17 @@ def write_report(
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
         f"<body>\n{''.join(parts)}</body></html>\n"
     )
-    (root / "results.md").write_text(to_markdown(rows))
-    (root / "results.csv").write_text(summary_csv(rows))
-    (root / "runs.csv").write_text(runs_csv(records))
-    path = root / "report.html"
-    path.write_text(page)
+    text = to_markdown(rows)
+    if pairs:
+        text += f"\n{pairs_markdown(pairs)}"
+        _write(root / "pairs.csv", pairs_csv(pairs))
+    _write(root / "results.md", text)
+    _write(root / "results.csv", summary_csv(rows))
+    _write(root / "runs.csv", runs_csv(records))
+    return _write(root / "report.html", page)
+
+
+def _write(path: Path, text: str) -> Path:
+    with replacing(path) as part:
+        Path(part).write_text(text)
     return path

@@ -1,7 +1,7 @@
 """Running a plan: several processes at a time, resumable, with progress over all of them."""
 
-import fcntl
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,7 +14,8 @@ from typing import IO
 
 from tqdm import tqdm
 
-from ..engine.visualize import read_metrics
+from ..files import progress, take_lock
+from .curves import read_metrics
 from .plan import Run
 from .records import find_records, make_record, matching, write_record
 
@@ -46,8 +47,7 @@ def child_command(
 
 def repeat_command(run: Run, script: str) -> str:
     """For the record: how to do this one run by hand."""
-    parts = ["python", script, "--config-file", run.config_file, *run.overrides]
-    return " ".join(f'"{p}"' if set(p) & set(" ()") else p for p in parts)
+    return shlex.join(["python", script, "--config-file", run.config_file, *run.overrides])
 
 
 class _Process:
@@ -140,7 +140,7 @@ def run_all(
         tqdm.write(f"done: {run.name}: {figures}")
 
     total = sum(run.max_iter * run.images_per_step for run in runs)
-    bar = tqdm(total=total, unit="img", smoothing=0.05, disable=not runs)
+    bar = progress(total=total, desc="images", unit="img", smoothing=0.05, disable=not runs)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         while waiting or active:
@@ -163,7 +163,9 @@ def run_all(
                     _remove_checkpoints(item.folder)
                 item.lock.close()
                 settle(item.run, ended)
-            bar.set_postfix_str(f"{len(waiting) + len(active)} of {len(runs)} runs to go")
+            # Without a refresh, which would print a line each time where there is no terminal.
+            left = f"{len(waiting) + len(active)} of {len(runs)} runs to go"
+            bar.set_postfix_str(left, refresh=False)
     finally:
         for item in active:
             item.stop()
@@ -176,26 +178,11 @@ def _interrupt(signum, frame):
     raise KeyboardInterrupt
 
 
-def _lock(path: Path) -> IO | None:
-    """The file, open and locked until it is closed; None if another process keeps its lock."""
-    file = path.open("a")
-    deadline = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                file.close()
-                return None
-            time.sleep(0.1)
-
-
 def _start(run: Run, root: Path, command_of, env: dict[str, str]) -> _Process | dict | Failure:
     """A run's process; or, if a second study works in the same folder, what came of that."""
     folder = root / "runs" / run.name
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _lock(folder / ".lock")
+    lock = take_lock(folder / ".lock", _PATIENCE)
     if lock is None:
         reason = "another study is at it; once that has ended, the same command goes on"
         return Failure(run, reason, str(folder / "output.txt"))

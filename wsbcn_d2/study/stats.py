@@ -1,18 +1,12 @@
-"""Means with confidence intervals over a few seeds."""
+"""Means over a few seeds, and what two variants differ by, with confidence intervals."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-__all__ = ["mean_interval", "t_quantile"]
+from scipy import stats
 
-# 97.5 % quantiles of Student's t for 1, 2, ... 30 degrees of freedom (any statistics textbook).
-_T975 = """
-12.7062 4.3027 3.1824 2.7764 2.5706 2.4469 2.3646 2.3060 2.2622 2.2281
- 2.2010 2.1788 2.1604 2.1448 2.1314 2.1199 2.1098 2.1009 2.0930 2.0860
- 2.0796 2.0739 2.0687 2.0639 2.0595 2.0555 2.0518 2.0484 2.0452 2.0423
-"""
-_T975 = tuple(float(word) for word in _T975.split())
-_Z975 = 1.959964
+__all__ = ["Difference", "mean_interval", "paired_difference", "t_quantile"]
 
 
 def t_quantile(degrees: int) -> float:
@@ -20,17 +14,10 @@ def t_quantile(degrees: int) -> float:
 
     Args:
         degrees: degrees of freedom, at least 1.
-
-    Returns:
-        float: right to 4 digits.
     """
     if degrees < 1:
         raise ValueError(f"Student's t needs at least 1 degree of freedom, got {degrees}")
-    if degrees <= len(_T975):
-        return _T975[degrees - 1]
-    # First terms of the expansion around the normal quantile; exact to 1e-4 from 31 degrees on.
-    z, cube, fifth = _Z975, _Z975**3, _Z975**5
-    return z + (cube + z) / (4 * degrees) + (5 * fifth + 16 * cube + 3 * z) / (96 * degrees**2)
+    return float(stats.t.ppf(0.975, degrees))
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
@@ -48,5 +35,48 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
     mean = math.fsum(values) / count
     if count == 1:
         return mean, None
-    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    return mean, t_quantile(count - 1) * math.sqrt(variance / count)
+    return mean, t_quantile(count - 1) * float(stats.sem(values))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What one variant is ahead of another by, over the seeds that both were run on.
+
+    Attributes:
+        seeds: common to both.
+        mean: of the differences, one per seed.
+        half: half width of the 95 % interval of that mean; None for a single seed.
+    """
+
+    seeds: tuple[int, ...]
+    mean: float
+    half: float | None
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether anything can be said: the interval is known, and zero lies outside."""
+        return self.half is not None and abs(self.mean) > self.half
+
+    def __str__(self) -> str:
+        half = "" if self.half is None else f" ± {self.half:.1f}"
+        return f"{self.mean:+.1f}{half}"
+
+
+def paired_difference(
+    values: Mapping[int, float], others: Mapping[int, float]
+) -> Difference | None:
+    """``values`` minus ``others``, paired by seed.
+
+    What a seed gives both variants alike, as the order of the images, drops out. The two samples
+    are dependent, so that an interval of each says nothing about their difference.
+
+    Args:
+        values, others: a number per seed.
+
+    Returns:
+        Difference, or None if no seed is common to both.
+    """
+    seeds = tuple(sorted(values.keys() & others.keys()))
+    if not seeds:
+        return None
+    return Difference(seeds, *mean_interval([values[s] - others[s] for s in seeds]))

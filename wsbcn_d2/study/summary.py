@@ -8,7 +8,18 @@ from dataclasses import dataclass
 from .plan import default_of
 from .stats import mean_interval
 
-__all__ = ["TASKS", "Row", "differences", "runs_csv", "summarize", "summary_csv", "to_markdown"]
+__all__ = [
+    "TASKS",
+    "Row",
+    "differences",
+    "group",
+    "markdown",
+    "runs_csv",
+    "summarize",
+    "summary_csv",
+    "text_csv",
+    "to_markdown",
+]
 
 TASKS = {"bbox": "box AP", "segm": "mask AP", "keypoints": "keypoint AP"}
 
@@ -111,12 +122,18 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def to_markdown(rows: Sequence[Row]) -> str:
     """The summary as a Markdown table."""
-    head, cells = table(rows)
-    lines = [head, ["---"] * len(head), *cells]
+    return markdown(*table(rows))
+
+
+def markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; whatever a cell has in it, it stays one."""
+    lines = [[text.replace("|", "\\|") for text in line] for line in (head, *cells)]
+    lines.insert(1, ["---"] * len(head))
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def _csv(lines: Sequence[Sequence]) -> str:
+def text_csv(lines: Sequence[Sequence]) -> str:
+    """Lines of cells as a CSV file's text."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
     return text.getvalue()
@@ -137,7 +154,7 @@ def summary_csv(rows: Sequence[Row]) -> str:
             + [row.max_iter, row.learning_rate]
             + [row.step_seconds, row.train_seconds, row.memory_mb]
         )
-    return _csv(lines)
+    return text_csv(lines)
 
 
 def runs_csv(records: Sequence[dict]) -> str:
@@ -147,7 +164,7 @@ def runs_csv(records: Sequence[dict]) -> str:
         key = [record["variant"], record["images_per_step"], record["seed"]]
         for task, curve in record["ap"].items():
             lines += [[*key, task, *point[:2], f"{point[2]:.3f}"] for point in curve]
-    return _csv(lines)
+    return text_csv(lines)
 
 
 def differences(records: Sequence[dict]) -> tuple[list[str], list[list[str]]]:

@@ -105,6 +105,7 @@ def train_options(*, weights, max_iter, precise_bn):
             first_batch_init=True,
             sync_estimates=True,
         ),
+        recompute=[],
         device="cuda",
         seed=-1,
     )

@@ -1,0 +1,200 @@
+"""The command that predicts: what it writes, and what it refuses before it writes anything."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.modeling import build_model
+from PIL import Image
+from pycocotools.coco import COCO
+
+from wsbcn_d2 import Predictor
+from wsbcn_d2.checkpoint import WSBCNCheckpointer
+from wsbcn_d2.cli.predict import main
+from wsbcn_d2.engine import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+ANY = ["--threshold", "0.05"]
+
+
+@pytest.fixture
+def run(tmp_path, tiny_cfg, tiny_shapes):
+    """A finished run's folder: a checkpoint and its config."""
+    cfg = tiny_cfg("DATASETS.TEST", (tiny_shapes["val"],), "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    torch.manual_seed(0)
+    WSBCNCheckpointer(build_model(cfg), str(folder)).save("model_final")
+    (folder / "config.yaml").write_text(cfg.dump())
+    return folder
+
+
+def picture(path, size=(64, 80)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.randint(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def test_pictures_of_a_data_set_become_results_that_coco_takes(run, tmp_path, tiny_shapes):
+    metadata = MetadataCatalog.get(tiny_shapes["val"])
+    output = tmp_path / "out"
+    assert main(["--weights", str(run / "model_final.pth"), "--output", str(output), *ANY,
+                 "--annotations", metadata.json_file, metadata.image_root]) == 0  # fmt: skip
+    truth = COCO(metadata.json_file)
+    assert truth.loadRes(str(output / "results.json")).getAnnIds()
+    results = json.loads((output / "results.json").read_text())
+    names = {i["id"]: i["file_name"] for i in truth.dataset["images"]}
+    for result in results:
+        assert names[result["image_id"]] == result["file_name"]
+        assert result["category_id"] in truth.getCatIds()
+        assert result["score"] >= 0.05
+    assert sorted(p.name for p in output.glob("*.png")) == sorted(names.values())
+    predictor = Predictor.from_checkpoint(run / "model_final.pth", threshold=0.05)
+    instances = predictor(read_image(f"{metadata.image_root}/{names[1]}", "BGR"))["instances"]
+    assert [r["score"] for r in results if r["image_id"] == 1] == instances.scores.tolist()
+    classes = [truth.getCatIds()[c] for c in instances.pred_classes]
+    assert [r["category_id"] for r in results if r["image_id"] == 1] == classes
+
+
+def test_folders_and_patterns_keep_names_and_a_folded_model_finds_the_same(run, tmp_path):
+    folder = tmp_path / "pictures"
+    for name in ("a.jpg", "below/a.jpg", "below/b.png", ".hidden.png"):
+        picture(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    command = ["--weights", str(run / "model_final.pth"), *ANY, str(folder), f"{folder}/*/*.png"]
+    assert main([*command, "--output", str(tmp_path / "plain")]) == 0
+    assert main([*command, "--output", str(tmp_path / "folded"), "--fold", "--no-pictures"]) == 0
+    names = ["a.jpg", "b.png", "below/a.jpg", "below/b.png"]
+    made = [p.relative_to(tmp_path / "plain").as_posix() for p in (tmp_path / "plain").rglob("*.*")]
+    assert sorted(made) == [*names, "results.json"]
+    assert [p.name for p in (tmp_path / "folded").iterdir()] == ["results.json"]
+    plain, folded = (json.loads((tmp_path / n / "results.json").read_text())
+                     for n in ("plain", "folded"))  # fmt: skip
+    assert len(plain) > 10
+    for one, other in zip(plain, folded, strict=True):
+        for key in ("image_id", "file_name", "category_id"):
+            assert one[key] == other[key]
+        assert other["score"] == pytest.approx(one["score"], abs=1e-4)
+        assert other["bbox"] == pytest.approx(one["bbox"], abs=0.05)
+    numbered = {r["file_name"]: r["image_id"] for r in plain}
+    assert {n: numbered[n] for n in names} == {
+        "a.jpg": 1, "below/a.jpg": 2, "below/b.png": 3, "b.png": 4
+    }  # fmt: skip
+
+
+def test_a_video(run, tmp_path):
+    import cv2
+
+    film = str(tmp_path / "film.avi")
+    writer = cv2.VideoWriter(film, cv2.VideoWriter_fourcc(*"MJPG"), 5, (80, 64))
+    for _ in range(3):
+        writer.write(np.random.randint(0, 256, (64, 80, 3), dtype=np.uint8))
+    writer.release()
+    output = tmp_path / "out"
+    weights = ["--weights", str(run / "model_final.pth")]
+    assert main([*weights, "--output", str(output), *ANY, film]) == 0
+    assert sorted(p.name for p in output.iterdir()) == ["film.json", "film.mp4"]
+    results = json.loads((output / "film.json").read_text())
+    assert {r["image_id"] for r in results} == {1, 2, 3}
+    drawn = cv2.VideoCapture(str(output / "film.mp4"))
+    assert drawn.get(cv2.CAP_PROP_FRAME_COUNT) == 3 and drawn.read()[1].shape == (64, 80, 3)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+WRONG = {
+    "an absent picture": (lambda run: None, ["absent.png"], "'absent.png' not found"),
+    "a pattern without pictures": (lambda run: None, ["*.gif"], "'*.gif' not found"),
+    "a folder without pictures": (lambda run: None, ["."], "holds no picture and no video"),
+    "no picture": (
+        lambda run: (run / "x.png").write_text("text"), ["x.png"], "'x.png' is no picture"),
+    "a picture cut short": (
+        lambda run: cut(picture(run / "x.png")), ["x.png"], "'x.png' is no picture"),
+    "a name without a format": (
+        lambda run: picture(run / "x.png").rename(run / "x.dat"), ["x.dat"], "must end as"),
+    "no video": (lambda run: (run / "x.mp4").write_text("text"), ["x.mp4"], "'x.mp4' is no video"),
+    "a checkpoint that is absent": (
+        lambda run: (run / "model_final.pth").unlink(), ["p.png"], "model_final.pth' not found"),
+    "a checkpoint cut short": (
+        lambda run: cut(run / "model_final.pth"), ["p.png"], "model_final.pth"),
+    "no config": (
+        lambda run: (run / "config.yaml").unlink(), ["p.png"], "no config.yaml beside it"),
+    "a config of another model": (
+        lambda run: edit(run / "config.yaml", "NORM: BCN", "NORM: GN"), ["p.png"], "BCN"),
+    "a norm that is none": (
+        lambda run: edit(run / "config.yaml", "NORM: BCN", "NORM: XY"), ["p.png"], "XY"),
+    "an unknown key": (
+        lambda run: (run / "config.yaml").write_text("MODEL:\n  NOTHING: 1\n"), ["p.png"],
+        "NOTHING"),
+    "a config that runs code": (
+        lambda run: (run / "config.yaml").write_text("a: !!python/object/apply:os.abort []"),
+        ["p.png"], "could not determine a constructor"),
+    "a config with a base": (
+        lambda run: (run / "config.yaml").write_text("_BASE_: other.yaml"), ["p.png"], "_BASE_"),
+    "a Python config": (
+        lambda run: (run / "config.yaml").write_text("model: {_target_: os.abort}"), ["p.png"],
+        "which is code"),
+    "annotations that are absent": (
+        lambda run: None, ["p.png", "--annotations", "x.json"], "--annotations 'x.json': "),
+    "annotations of other pictures": (
+        lambda run: (run / "x.json").write_text('{"images": [{"id": 1, "file_name": "q.png"}]}'),
+        ["p.png", "--annotations", "x.json"], "'x.json': p.png"),
+    "an override of no key": (lambda run: None, ["p.png", "--opts", "MODEL.NOTHING", "1"],
+                              "NOTHING"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_input_gets_one_line_and_nothing_is_written(run, what, monkeypatch, capsys):
+    spoil, words, message = WRONG[what]
+    monkeypatch.chdir(run)
+    if "p.png" in words:
+        picture(run / "p.png")
+    spoil(run)
+    before = sorted(run.rglob("*"))
+    capsys.readouterr()
+    assert main(["--weights", "model_final.pth", "--output", "out", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert sorted(run.rglob("*")) == before
+
+
+def test_an_input_is_not_overwritten(run, tmp_path, capsys):
+    pictures = picture(tmp_path / "pictures" / "a.png").parent
+    words = ["--weights", str(run / "model_final.pth"), str(pictures), "--output"]
+    assert main([*words, str(pictures)]) == 2
+    assert "would be overwritten" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--threshold", "2"], ["--device", "gpu"], ["--device", "cuda"]])
+def test_options_that_are_wrong(run, words, capsys):
+    if words[-1] == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(SystemExit) as end:
+        main(["--weights", "x.pth", "--output", "out", "p.png", *words])
+    assert end.value.code == 2
+    assert words[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_classifier_is_refused(run, tmp_path, capsys):
+    cfg = load_config(str(ROOT / "configs" / "shapes" / "classifier_R_18_gn_ws.yaml"))
+    WSBCNCheckpointer(build_model(cfg), str(run)).save("model_final")
+    (run / "config.yaml").write_text(cfg.dump())
+    picture(tmp_path / "p.png")
+    words = ["--weights", str(run / "model_final.pth"), "--output", str(tmp_path / "out")]
+    assert main([*words, str(tmp_path / "p.png")]) == 2
+    assert "ImageClassifier gives" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

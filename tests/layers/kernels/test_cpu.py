@@ -1,0 +1,207 @@
+"""The C++ kernels: how they are built, and that nothing depends on their being there."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from wsbcn_d2 import BatchChannelNorm2d, standardize_weight
+from wsbcn_d2.layers.kernels import build, cpu
+from wsbcn_d2.layers.kernels.dispatch import backend_name, bcn_backend, ws_backend
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """An empty cache folder, and nothing loaded."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("WSBCN_FUSED", raising=False)
+    cpu._libraries.clear()
+    yield tmp_path / "wsbcn_d2"
+    cpu._libraries.clear()
+
+
+def serving(dtype):
+    """The backends of a BCN and of a weight of one type on a CPU."""
+    norm = BatchChannelNorm2d(8, 4).to(dtype)
+    bn = norm.bn
+    tensors = (norm.weight, norm.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    x = torch.randn(1, 8, 2, 2, dtype=dtype)
+    return bcn_backend(x, *tensors, bn.num_batches_tracked), ws_backend(x)
+
+
+def test_they_are_what_a_cpu_runs_by_default(monkeypatch):
+    monkeypatch.delenv("WSBCN_FUSED", raising=False)
+    assert serving(torch.float32) == serving(torch.float64) == (cpu, cpu)
+    monkeypatch.setenv("WSBCN_FUSED", "off")
+    assert serving(torch.float32) == (None, None)
+    assert backend_name(torch.ones(1)) == "off"
+    monkeypatch.setenv("WSBCN_FUSED", "cpp")
+    assert backend_name(torch.ones(1)) == "cpp"
+    assert backend_name(torch.ones(1, device="meta")) == "off"
+    assert ws_backend(torch.ones(2, 3, 1, 1, device="meta")) is None
+
+
+def test_a_build_is_kept_and_used_again(fresh, monkeypatch):
+    assert cpu.load_kernels(torch.float32)
+    (made,) = fresh.iterdir()  # nothing else is left
+    assert made.name.startswith("kernels-float-")
+    written = made.stat().st_mtime_ns
+    cpu._libraries.clear()
+    assert cpu.load_kernels(torch.float32)
+    assert made.stat().st_mtime_ns == written
+    cpu._libraries.clear()
+    monkeypatch.setattr(build, "_processor", lambda: "another processor of the same cluster")
+    assert cpu.load_kernels(torch.float32)
+    assert len(list(fresh.iterdir())) == 2
+
+
+def _homeless():
+    raise RuntimeError("no home directory")
+
+
+@pytest.mark.parametrize(
+    "case", ["no compiler", "failing compiler", "folder of others", "no folder", "no home"]
+)
+def test_without_them_the_results_are_the_same(fresh, monkeypatch, caplog, case):
+    if case == "no compiler":
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    elif case == "failing compiler":
+        script = fresh.parent / "compiler"
+        script.write_text(
+            '#!/bin/sh\n[ "$1" = --version ] || { echo "x: error: 42" >&2; exit 1; }\n'
+        )
+        script.chmod(0o755)
+        monkeypatch.setenv("CXX", str(script))
+    elif case == "folder of others":
+        fresh.mkdir()
+        fresh.chmod(0o777)
+    elif case == "no folder":
+        monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(build.Path, "home", _homeless)
+    reasons = {
+        "no compiler": "no C++ compiler",
+        "failing compiler": "x: error: 42",
+        "folder of others": "can be written by others",
+        "no folder": "/proc/nowhere",
+        "no home": "no home directory",
+    }
+    norm, x = BatchChannelNorm2d(8, 4), torch.randn(2, 8, 5, 5, requires_grad=True)
+    weight = torch.randn(4, 3, 3, 3)
+    with caplog.at_level(logging.WARNING, logger="wsbcn_d2.layers.kernels"):
+        found = norm(x), standardize_weight(weight)
+        norm(x)
+        norm.double()(x.double())
+    assert serving(torch.float32) == serving(torch.float64) == (None, None)
+    assert backend_name(torch.ones(1)) == "off"
+    (message,) = [r.getMessage() for r in caplog.records if "no C++ kernels" in r.getMessage()]
+    assert "5 times the time" in message
+    assert reasons[case] in message
+    cpu._libraries.clear()
+    monkeypatch.undo()
+    again = BatchChannelNorm2d(8, 4)
+    assert serving(torch.float32) == (cpu, cpu)
+    assert_close(found, (again(x), standardize_weight(weight)))
+
+
+def test_processes_that_build_at_the_same_time_all_load(tmp_path):
+    code = (
+        "import torch; from wsbcn_d2.layers.kernels.cpu import load_kernels;"
+        "assert load_kernels(torch.float32)"
+    )
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    processes = [subprocess.Popen([sys.executable, "-c", code], env=env) for _ in range(3)]
+    assert [process.wait(120) for process in processes] == [0, 0, 0]
+    assert len(list((tmp_path / "wsbcn_d2").iterdir())) == 1
+
+
+@pytest.mark.parametrize("break_", ["type", "size", "stride"])
+def test_tensors_that_a_kernel_would_misread_are_not_given_to_it(monkeypatch, break_):
+    """PyTorch's own operations stride or refuse; a kernel would read what is not there."""
+    monkeypatch.setenv("WSBCN_FUSED", "cpp")
+    norm, x = BatchChannelNorm2d(8, 4).eval(), torch.randn(2, 8, 5, 5)
+    called = []
+    monkeypatch.setattr(cpu, "bcn_forward", lambda *args: called.append(args))
+    if break_ == "type":
+        norm.bn.bias = nn.Parameter(norm.bn.bias.detach().double())
+    elif break_ == "size":
+        norm.bn.bias = nn.Parameter(torch.zeros(4))
+    else:
+        norm.bn.bias = nn.Parameter(torch.zeros(8, 2)[:, 0])
+    try:
+        norm(x)
+    except RuntimeError:
+        assert break_ != "stride"
+    assert not called
+
+
+def test_bits_do_not_depend_on_the_number_of_threads(monkeypatch):
+    monkeypatch.setenv("WSBCN_FUSED", "cpp")
+    x, weight = torch.randn(2, 8, 60, 60), torch.randn(64, 64, 3, 3)
+    assert x.numel() > cpu._GRAIN and weight.numel() > cpu._GRAIN
+
+    def run(threads):
+        torch.set_num_threads(threads)
+        norm = BatchChannelNorm2d(8, 4)
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        outputs = norm(leaves[0]), standardize_weight(leaves[1])
+        sum(y.pow(3).sum() for y in outputs).backward()
+        parameters = [p.grad for p in norm.parameters()]
+        return [*outputs, *(leaf.grad for leaf in leaves), *parameters, *norm.buffers()]
+
+    before = torch.get_num_threads()
+    try:
+        one, several = run(1), run(3)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, several, strict=True))
+
+
+def test_moving_the_estimates_is_seen_by_autograd(monkeypatch):
+    monkeypatch.setenv("WSBCN_FUSED", "cpp")
+    norm, x = BatchChannelNorm2d(4, 2), torch.randn(1, 4, 3, 3)
+    factor = torch.ones(4, requires_grad=True)
+    y = factor * norm.bn.running_mean  # keeps the mean for backward
+    norm(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    with torch.inference_mode():
+        norm.bn.running_mean = norm.bn.running_mean.clone()
+        assert norm(x).isfinite().all()
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0, 1e4])
+@pytest.mark.parametrize("size", [1, 63, 1024, 2500])
+def test_moments_of_rows_whose_mean_is_large(mean, size):
+    """The sums' rounding moves the centre of a block; its variance must not feel that."""
+    x = mean + 0.02 * torch.randn(1, 8, 1, size)
+    ones, zeros = torch.ones(8), torch.zeros(8)
+    _, rows = cpu.bcn_forward(
+        x, ones[:4], zeros[:4], ones, zeros, zeros, ones, None, 1e-5, None, 1e-5, None
+    )
+    var, expected = torch.var_mean(x.double()[:, :, 0], dim=2, correction=0)
+    assert_close(rows[0].double(), expected, rtol=1e-6, atol=1e-7)
+    assert_close(rows[1].double(), var, rtol=1e-4, atol=1e-12)
+
+
+def test_one_bad_channel_leaves_the_estimates_of_all_in_use(monkeypatch):
+    outputs, norm = {}, BatchChannelNorm2d(8, 4, update_rate=0.5)
+    norm(torch.randn(2, 8, 3, 3))
+    state = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
+    x = 3 + torch.randn(2, 8, 3, 3)
+    x[1, 2, 0, 0] = torch.inf
+    for backend in ("cpp", "off"):
+        monkeypatch.setenv("WSBCN_FUSED", backend)
+        outputs[backend] = norm(x)
+        for name, tensor in norm.state_dict().items():
+            assert torch.equal(tensor, state[name]), (backend, name)
+    good = [0, 1, 4, 5, 6, 7]
+    assert outputs["cpp"][:, good].isfinite().all()
+    assert_close(outputs["cpp"][:, good], outputs["off"][:, good])

@@ -1,0 +1,1 @@
+"""Commands: scripts in tools/, and once installed wsbcn-train, wsbcn-predict, wsbcn-convert."""

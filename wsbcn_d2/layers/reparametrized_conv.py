@@ -1,0 +1,254 @@
+"""Convolutions by a function of their parameters: where its value is kept, shared, or made again.
+
+On a CPU autograd would keep the standardized copy of every weight from forward to backward: 126 MB
+in an R-50-FPN Mask R-CNN, 6 % of the memory of a step on one image. Standardizing once more takes
+less than 1 % of the convolution's own backward. On a GPU launches cost more than that memory, and
+the plain convolution runs on a weight that is kept. Where one convolution runs several times in a
+forward (:func:`standardize_once`), its weight is made once, and kept.
+"""
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv
+from torch import nn
+from torch.nn import functional as F
+
+from .kernels.dispatch import plain, requested_backend
+
+__all__ = [
+    "ReparametrizedConv2d",
+    "autocast_dtype",
+    "normalized_convs",
+    "recomputed_conv2d",
+    "standardize_once",
+]
+
+
+def normalized_convs(module: nn.Module) -> list[Conv2d]:
+    """The convolutions of a module whose type is exactly Detectron2's and that carry a norm.
+
+    Args:
+        module: any module; may itself be a convolution.
+
+    Returns:
+        In the order of ``named_modules``.
+
+    Raises:
+        ValueError: for a deformable convolution that carries a norm.
+    """
+    convs = []
+    for name, child in module.named_modules():
+        if getattr(child, "norm", None) is None:
+            continue
+        if isinstance(child, (DeformConv, ModulatedDeformConv)):
+            raise ValueError(
+                f"cannot standardize the deformable convolution {name!r}: set "
+                "MODEL.RESNETS.DEFORM_ON_PER_STAGE to False for every stage, or use the "
+                "stock backbone"
+            )
+        if type(child) is Conv2d:
+            convs.append(child)
+    return convs
+
+
+class ReparametrizedConv2d(Conv2d):
+    """Detectron2's ``Conv2d`` (with ``norm`` and ``activation``) on a function of its parameters.
+
+    Subclasses say which: :meth:`used_weight` and, for those that are not scripted, :meth:`_recipe`.
+    """
+
+    def used_weight(self) -> torch.Tensor:
+        """The weight of the convolution, shape (C_out, C_in/groups, kh, kw)."""
+        raise NotImplementedError
+
+    @torch.jit.unused
+    def _recipe(self):
+        """A function and the parameters, ``weight`` first, of which it makes the used weight."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            x: shape (N, C_in, H, W); N, H or W may be 0.
+
+        Returns:
+            Tensor of shape (N, C_out, H', W').
+        """
+        if torch.jit.is_scripting():
+            x = F.conv2d(
+                x,
+                self.used_weight(),
+                self.bias,
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.groups,
+            )
+        else:
+            x = self._convolve(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
+
+    @torch.jit.unused
+    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
+        # Same contract as the parent, which stops here with an assertion.
+        assert not (self.training and x.numel() == 0 and isinstance(self.norm, nn.SyncBatchNorm)), (
+            "SyncBatchNorm does not support empty inputs!"
+        )
+        weight = _shared_weight(self)
+        if weight is None:
+            if _recomputes(self, x):
+                weight_of, parameters = self._recipe()
+                return recomputed_conv2d(self, x, weight_of, *parameters)
+            weight = self.used_weight()
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def __setattr__(self, name, value):
+        # Such functions scale the raw weight, which standardization then undoes. They cannot be
+        # told from a user who sets a new weight but by who calls.
+        if name in ("weight", "bias") and "fuse_conv" in sys._getframe(1).f_code.co_name:
+            raise ValueError(
+                f"a {type(self).__name__} cannot take a norm into its weight, which is "
+                "reparametrized at each use: fuse a copy of the model made by wsbcn_d2.fold"
+            )
+        super().__setattr__(name, value)
+
+
+class _Scope(threading.local):
+    """What :func:`standardize_once` shares, in each thread for itself."""
+
+    weights: dict[int, torch.Tensor | None] | None = None
+    mode: tuple = ()
+
+
+_scope = _Scope()
+
+
+def _mode() -> tuple:
+    """On what a weight depends beside its parameters: who records, and in which precision.
+
+    Within a forward these change where activation checkpointing begins. What runs there is run
+    again alone, and so must make its own weights the first time.
+    """
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+        torch._C._autograd._top_saved_tensors_default_hooks(False),
+    )
+
+
+@contextlib.contextmanager
+def standardize_once(module: nn.Module) -> Iterator[None]:
+    """Within, each :class:`ReparametrizedConv2d` computes its weight at the first use alone.
+
+    For one forward, in this thread, of a head whose convolutions run on every feature level.
+    Parameters must not change within; the next forward computes anew.
+    """
+    outer = _scope.weights, _scope.mode
+    convs = [id(child) for child in module.modules() if isinstance(child, ReparametrizedConv2d)]
+    _scope.weights, _scope.mode = dict.fromkeys(convs), _mode()
+    try:
+        yield
+    finally:
+        _scope.weights, _scope.mode = outer
+
+
+def _shared_weight(conv: ReparametrizedConv2d) -> torch.Tensor | None:
+    if torch.compiler.is_compiling() or not _scope.weights:
+        return None
+    if id(conv) not in _scope.weights or _scope.mode != _mode():
+        return None
+    weight = _scope.weights[id(conv)]
+    if weight is None:
+        weight = _scope.weights[id(conv)] = conv.used_weight()
+    return weight
+
+
+def autocast_dtype(weight: torch.Tensor) -> torch.dtype | None:
+    """The type in which autocast would have a convolution read its weight; None for its own."""
+    device = weight.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device) if weight.dtype == torch.float32 else None
+
+
+def _recomputes(conv: nn.Conv2d, x: torch.Tensor) -> bool:
+    # Only training gains. Under autocast what is kept is the weight's copy in half precision.
+    return (
+        x.is_cpu
+        and torch.is_grad_enabled()
+        and conv.weight.requires_grad
+        and plain(x)
+        and x.numel() > 0
+        and x.dtype == conv.weight.dtype
+        and x.dtype in (torch.float32, torch.float64)
+        and isinstance(conv.padding, tuple)
+        and not torch.is_autocast_enabled("cpu")
+        and requested_backend() != "off"
+    )
+
+
+def recomputed_conv2d(
+    conv: nn.Conv2d,
+    x: torch.Tensor,
+    weight_of: Callable[..., torch.Tensor],
+    *parameters: torch.Tensor,
+) -> torch.Tensor:
+    """``F.conv2d(x, weight_of(*parameters), ...)`` with the other arguments of ``conv``.
+
+    Args:
+        conv: whose ``padding`` is in numbers.
+        x: shape (N, C_in, H, W), of the type of the weight.
+        weight_of: a differentiable function of its arguments alone.
+        *parameters: its arguments.
+
+    Returns:
+        Tensor of shape (N, C_out, H', W'), bit by bit that of the plain call, as its gradients.
+    """
+    how = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return _RecomputedConv.apply(weight_of, how, x, conv.bias, *parameters)
+
+
+class _RecomputedConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight_of, how, x, bias, *parameters):
+        ctx.save_for_backward(x, bias, *parameters)
+        ctx.weight_of, ctx.how = weight_of, how
+        return F.conv2d(x, weight_of(*parameters), bias, *how)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, bias, *parameters = ctx.saved_tensors
+        needs_x, needs_bias, *needs = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():  # create_graph=True
+            y = F.conv2d(x, ctx.weight_of(*parameters), bias, *ctx.how)
+            inputs = (x, bias, *parameters)
+            return None, None, *_grads(y, inputs, ctx.needs_input_grad[2:], dy, create_graph=True)
+        stride, padding, dilation, groups = ctx.how
+        with torch.enable_grad():
+            leaves = [
+                parameter.detach().requires_grad_(need)
+                for parameter, need in zip(parameters, needs, strict=True)
+            ]
+            weight = ctx.weight_of(*leaves)
+        dx, dw, db = torch.ops.aten.convolution_backward(
+            dy, x, weight.detach(), None if bias is None else bias.shape,
+            stride, padding, dilation, False, (0, 0), groups, (needs_x, any(needs), needs_bias),
+        )  # fmt: skip
+        return None, None, dx, db, *_grads(weight, leaves, needs, dw)
+
+
+def _grads(y, inputs, needs, dy, **options):
+    """Gradients of y with respect to the inputs that need one, None for the others."""
+    wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, dy, **options) if wanted else ())
+    return [next(found) if need else None for need in needs]
