@@ -35,7 +35,15 @@ def add_wsbcn_config(cfg: CfgNode) -> None:
     # Stabilizer of the standardization.
     cfg.MODEL.WS.EPS = 1e-5
 
+    # Modules whose convolutions are standardized once the model is built, whoever builds it, beside
+    # those of the WS backbones and heads: names or patterns ["backbone", "sem_seg_head.p*"], "*"
+    # for the whole model; what fits one that begins with "!" is left out (modeling.parts).
+    cfg.MODEL.WS.PARTS = []
+
     cfg.MODEL.BCN = CfgNode()
+    # Groups of the channel norm in "BCN", "BatchBCN" and "SyncBCN": a number, or "auto" for the
+    # largest divisor of the channels up to 32, which every number has; None: 32.
+    cfg.MODEL.BCN.NUM_GROUPS = None
     # How far the running estimates of "BCN" and "EstBN" move towards each batch, in [0, 1]; without
     # WS activations move faster, and 0.1 is better.
     cfg.MODEL.BCN.UPDATE_RATE = DEFAULT_UPDATE_RATE

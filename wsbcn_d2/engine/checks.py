@@ -24,7 +24,7 @@ from ..config import UsageError, one_line
 from ..data import classification_mapper
 from ..data.checks import Wanted, check_sets
 from ..modeling.recomputation import modules_named
-from .trainer import estimate_hooks
+from .trainer import estimate_hooks, expectation
 
 __all__ = ["Keys", "Setup", "check_config", "check_datasets", "check_setup"]
 
@@ -177,7 +177,7 @@ def check_config(
         model=lambda: _model(cfg),
         training=training,
         data=data,
-        expected=lambda model: LoadExpectation.from_cfg(cfg),
+        expected=lambda model: expectation(cfg, model),
     )
     check_setup(setup, world_size=world_size, eval_only=eval_only, resume=resume)
 

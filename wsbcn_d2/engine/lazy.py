@@ -22,7 +22,7 @@ from ..checkpoint import LoadExpectation, WSBCNCheckpointer
 from ..config import UsageError, one_line
 from ..data import register_coco_sets
 from ..data.checks import Wanted, check_sets
-from ..layers import DEFAULT_UPDATE_RATE, skip_first_batch_init
+from ..modeling import set_estimates
 from ..modeling.recomputation import recompute
 from .accumulate import accumulate
 from .checks import Keys, Setup, check_setup
@@ -207,8 +207,7 @@ def _estimates(cfg: DictConfig) -> dict:
     bcn = cfg.train.get("bcn", {})
     names = {"update_rate": "rate", "update_rate_schedule": "schedule", "sync_estimates": "sync"}
     names["monitor_period"] = "monitor_period"
-    options = {ours: bcn[theirs] for theirs, ours in names.items() if theirs in bcn}
-    return {"rate": DEFAULT_UPDATE_RATE, **options}
+    return {ours: bcn[theirs] for theirs, ours in names.items() if theirs in bcn}
 
 
 def _names(cfg: DictConfig, split: str) -> list[str]:
@@ -295,8 +294,8 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict:
     cfg = auto_scale(copy.deepcopy(cfg), comm.get_world_size())  # a model is put into it below
     model = recompute(instantiate(cfg.model), cfg.train.get("recompute", []))
     model.to(cfg.train.device)
-    if not cfg.train.get("bcn", {}).get("first_batch_init", True):
-        skip_first_batch_init(model)
+    bcn = cfg.train.get("bcn", {})
+    set_estimates(model, bcn.get("update_rate"), bcn.get("first_batch_init", True))
     logging.getLogger(__name__).info(f"Model:\n{model}")
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)

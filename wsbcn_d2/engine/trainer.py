@@ -1,6 +1,7 @@
 """Detectron2's ``DefaultTrainer`` with this project's hooks and evaluators."""
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import math
@@ -32,7 +33,6 @@ from ..data import (
     classification_test_loader,
     register_coco_sets,
 )
-from ..layers import skip_first_batch_init
 from ..modeling.recomputation import recompute
 from .accumulate import accumulate
 from .evaluation import build_evaluator
@@ -44,12 +44,16 @@ __all__ = ["Trainer", "estimate_hooks", "train_net"]
 
 
 def estimate_hooks(
-    rate: float, schedule: str = "constant", sync: bool = True, monitor_period: int = 0
+    rate: float | None = None,
+    schedule: str = "constant",
+    sync: bool = True,
+    monitor_period: int = 0,
 ) -> list[HookBase]:
     """The hooks that look after running estimates, from a YAML or a Python config's options.
 
     Args:
-        rate, schedule: ``MODEL.BCN.UPDATE_RATE`` and ``UPDATE_RATE_SCHEDULE``.
+        rate: base rate; None for what the model's norms have (:func:`set_estimates`).
+        schedule: ``MODEL.BCN.UPDATE_RATE_SCHEDULE``.
         sync: ``MODEL.BCN.SYNC_ESTIMATES``.
         monitor_period: ``MODEL.BCN.MONITOR_PERIOD``.
 
@@ -70,6 +74,25 @@ def _ddp_for(device: str):
         return contextlib.nullcontext()
     create = functools.partial(defaults.create_ddp_model, device_ids=None)
     return mock.patch.object(defaults, "create_ddp_model", create)
+
+
+def expectation(cfg: CfgNode, model: nn.Module) -> LoadExpectation:
+    """What the weights of a YAML config's model have to be, and what its checkpoints record.
+
+    Args:
+        cfg: the config.
+        model: built from it; asked where ``MODEL.WS.PARTS`` and not the backbone's name decides.
+    """
+    expected = LoadExpectation.from_cfg(cfg)
+    if not cfg.MODEL.WS.PARTS:
+        return expected
+    own = {
+        (module.ws_formula, module.ws_eps)
+        for module in getattr(model, "backbone", model).modules()
+        if hasattr(module, "ws_formula")
+    }
+    formula, eps = own.pop() if len(own) == 1 else (None if own else "none", None)
+    return dataclasses.replace(expected, ws_formula=formula, ws_eps=eps)
 
 
 def schedule_by_epochs(cfg: CfgNode) -> CfgNode:
@@ -142,8 +165,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Detectron2's model, its running estimates and recomputation as the config says."""
-        model = recompute(super().build_model(cfg), cfg.MODEL.RECOMPUTE)
-        return model if cfg.MODEL.BCN.FIRST_BATCH_INIT else skip_first_batch_init(model)
+        return recompute(super().build_model(cfg), cfg.MODEL.RECOMPUTE)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
@@ -169,12 +191,12 @@ class Trainer(DefaultTrainer):
         self.checkpointer = WSBCNCheckpointer(
             self.model,
             self.cfg.OUTPUT_DIR,
-            expected=LoadExpectation.from_cfg(self.cfg),
+            expected=expectation(self.cfg, getattr(self.model, "module", self.model)),
             trainer=weakref.proxy(self),
         )
         bcn = self.cfg.MODEL.BCN
         ours = estimate_hooks(
-            bcn.UPDATE_RATE, bcn.UPDATE_RATE_SCHEDULE, bcn.SYNC_ESTIMATES, bcn.MONITOR_PERIOD
+            None, bcn.UPDATE_RATE_SCHEDULE, bcn.SYNC_ESTIMATES, bcn.MONITOR_PERIOD
         )
         result = super().build_hooks()
         after = next(i for i, hook in enumerate(result) if isinstance(hook, hooks.LRScheduler))
@@ -250,7 +272,7 @@ def train_net(args: Namespace) -> OrderedDict | None:
     set_up_process(cfg, args, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        expected = LoadExpectation.from_cfg(cfg)
+        expected = expectation(cfg, model)
         WSBCNCheckpointer(model, cfg.OUTPUT_DIR, expected=expected).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
