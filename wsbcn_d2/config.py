@@ -96,6 +96,9 @@ def add_wsbcn_config(cfg: CfgNode) -> None:
     # Passes over the training sets; MAX_ITER becomes as many iterations, and STEPS, EVAL_PERIOD and
     # CHECKPOINT_PERIOD keep their shares of it. 0: MAX_ITER as it stands.
     cfg.SOLVER.EPOCHS = 0
+    # Whose learning rate, momentum and weight decay hold after --resume with others in the config:
+    # "checkpoint", or "config". Lengths and steps are always the config's.
+    cfg.SOLVER.ON_RESUME = "checkpoint"
 
 
 def get_cfg() -> CfgNode:

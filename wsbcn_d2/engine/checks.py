@@ -24,7 +24,7 @@ from ..config import UsageError, one_line
 from ..data import classification_mapper
 from ..data.checks import Wanted, check_sets
 from ..modeling.recomputation import modules_named
-from .trainer import estimate_hooks, expectation
+from .trainer import estimate_hooks, expectation, resumed_schedule
 
 __all__ = ["Keys", "Setup", "check_config", "check_datasets", "check_setup"]
 
@@ -146,7 +146,9 @@ def check_config(
 
     def training(model):
         try:
-            build_lr_scheduler(cfg, build_optimizer(cfg, model))
+            optimizer = build_optimizer(cfg, model)
+            build_lr_scheduler(cfg, optimizer)
+            resumed_schedule(cfg, optimizer)
         except (KeyError, ValueError, AssertionError) as error:
             raise UsageError(f"SOLVER: {one_line(error)}") from error
 

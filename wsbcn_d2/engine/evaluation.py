@@ -71,7 +71,7 @@ def has_compiled_ops() -> bool:
 
 
 def build_evaluator(
-    cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    cfg: CfgNode | None, dataset_name: str, output_folder: str | None = None
 ) -> DatasetEvaluator:
     """The evaluator(s) that Detectron2's ``tools/train_net.py`` uses for a dataset.
 
