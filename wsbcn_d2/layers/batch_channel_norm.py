@@ -24,6 +24,15 @@ from .recomputation import recalled, remember, repeats
 __all__ = ["BatchChannelNorm2d", "channel_norm"]
 
 
+# Those that a user registers for all modules; each dictionary is changed in place.
+_GLOBAL_HOOKS = (
+    nn_module._global_forward_hooks,
+    nn_module._global_forward_pre_hooks,
+    nn_module._global_backward_hooks,
+    nn_module._global_backward_pre_hooks,
+)
+
+
 def channel_norm(
     x: torch.Tensor, num_groups: int, weight: torch.Tensor, bias: torch.Tensor, eps: float
 ) -> torch.Tensor:
@@ -204,7 +213,7 @@ def _constant(bn: nn.Module) -> bool:
         or bn._forward_pre_hooks
         or bn._backward_hooks
         or bn._backward_pre_hooks
-        or nn_module._has_any_global_hook()
+        or any(_GLOBAL_HOOKS)
     ):
         return False
     # By exact type: a subclass may normalize in another way.

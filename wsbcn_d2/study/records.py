@@ -14,9 +14,9 @@ import detectron2
 import numpy as np
 import torch
 
+from ..engine.curves import read_metrics
 from ..engine.evaluation import has_compiled_ops
 from ..files import replacing
-from .curves import read_metrics
 from .plan import WEIGHTS, Run, default_of
 
 __all__ = ["find_records", "make_record", "matching", "write_record"]
