@@ -76,6 +76,9 @@ def add_wsbcn_config(cfg: CfgNode) -> None:
     # Backward passes per step: SOLVER.IMS_PER_BATCH is split into so many micro-batches, whose
     # gradients add up, so schedule and learning rate stay those of IMS_PER_BATCH.
     cfg.SOLVER.ACCUMULATE = 1
+    # Whose learning rate, momentum and weight decay hold after --resume with others in the config:
+    # "checkpoint", or "config". Lengths and steps are always the config's.
+    cfg.SOLVER.ON_RESUME = "checkpoint"
 
 
 def get_cfg() -> CfgNode:

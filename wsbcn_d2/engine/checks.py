@@ -23,7 +23,7 @@ from ..checkpoint import LoadExpectation, WSBCNCheckpointer
 from ..config import UsageError, one_line
 from ..data import classification_mapper
 from ..modeling.recomputation import modules_named
-from .trainer import estimate_hooks
+from .trainer import estimate_hooks, resumed_schedule
 
 __all__ = ["Keys", "Setup", "check_config", "check_datasets", "check_setup"]
 
@@ -142,7 +142,9 @@ def check_config(
 
     def training(model):
         try:
-            build_lr_scheduler(cfg, build_optimizer(cfg, model))
+            optimizer = build_optimizer(cfg, model)
+            build_lr_scheduler(cfg, optimizer)
+            resumed_schedule(cfg, optimizer)
         except (KeyError, ValueError, AssertionError) as error:
             raise UsageError(f"SOLVER: {one_line(error)}") from error
 

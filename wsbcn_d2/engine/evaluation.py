@@ -56,12 +56,12 @@ def has_compiled_ops() -> bool:
 
 
 def build_evaluator(
-    cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    cfg: CfgNode | None, dataset_name: str, output_folder: str | None = None
 ) -> DatasetEvaluator:
     """The evaluator(s) that Detectron2's ``tools/train_net.py`` uses for a dataset.
 
     Args:
-        cfg: for ``OUTPUT_DIR``.
+        cfg: for ``OUTPUT_DIR``; None where ``output_folder`` is given.
         dataset_name: a registered dataset.
         output_folder: where results are written; default ``OUTPUT_DIR/inference``.
 

@@ -4,7 +4,6 @@ import builtins
 import copy
 import difflib
 import logging
-import os
 from argparse import Namespace
 from collections.abc import Iterable
 
@@ -24,6 +23,7 @@ from ..layers import DEFAULT_UPDATE_RATE, skip_first_batch_init
 from ..modeling.recomputation import recompute
 from .accumulate import accumulate
 from .checks import Keys, Setup, check_setup
+from .hooks import ResumedSchedule
 from .processes import set_up_process
 from .trainer import estimate_hooks
 
@@ -134,7 +134,11 @@ def check_lazy_config(
         _built(cfg, "lr_multiplier")
         optimizer = copy.deepcopy(cfg.optimizer)
         optimizer.params.model = model
-        _built({"optimizer": optimizer}, "optimizer")
+        built = _built({"optimizer": optimizer}, "optimizer")
+        try:
+            _resumed_schedule(cfg, built)
+        except ValueError as error:
+            raise UsageError(one_line(error)) from error
 
     def expected(model):
         for name in ("pixel_mean", "pixel_std"):  # the model has no numbers on the meta device
@@ -159,6 +163,28 @@ def check_lazy_config(
         expected=expected,
     )
     check_setup(setup, world_size=world_size, eval_only=eval_only, resume=resume)
+
+
+def _resumed_schedule(cfg: DictConfig, optimizer: torch.optim.Optimizer) -> ResumedSchedule:
+    options = {k: v for k, v in _numbers(cfg, "optimizer").items() if ".params." not in k}
+    lengths = {
+        **_numbers(cfg, "lr_multiplier"),
+        "train.max_iter": cfg.train.max_iter,
+        _KEYS.images: cfg.dataloader.train.total_batch_size,
+    }
+    take, key = cfg.train.get("on_resume", "checkpoint"), "train.on_resume"
+    return ResumedSchedule(optimizer, options, lengths, take=take, key=key)
+
+
+def _numbers(cfg: DictConfig, key: str) -> dict[str, object]:
+    """Numbers, words and lists of them in a part of a config, by key; ``KEY.lr`` first."""
+    node = OmegaConf.select(cfg, key)
+    if isinstance(node, DictConfig):
+        names = sorted((k for k in node if k != "_target_"), key=lambda name: name != "lr")
+        return {k: v for name in names for k, v in _numbers(cfg, f"{key}.{name}").items()}
+    if isinstance(node, ListConfig):
+        node = list(node)
+    return {key: node} if isinstance(node, (bool, int, float, str, list)) else {}
 
 
 def _check_milestones(cfg: DictConfig) -> None:
@@ -237,18 +263,14 @@ def evaluate(cfg: DictConfig, model: torch.nn.Module) -> dict:
     """Run the config's evaluator on its test set.
 
     Args:
-        cfg: the config; an evaluator's ``output_folder`` of None becomes
-            ``train.output_dir``/inference in it.
+        cfg: the config.
         model: the detector.
 
     Returns:
         dict: results by task; empty on other processes than the first.
     """
-    evaluator = cfg.dataloader.evaluator
-    if "output_folder" in evaluator and evaluator.output_folder is None:
-        evaluator.output_folder = os.path.join(cfg.train.output_dir, "inference")
     loader = instantiate(cfg.dataloader.test)
-    results = inference_on_dataset(model, loader, instantiate(evaluator)) or {}
+    results = inference_on_dataset(model, loader, instantiate(cfg.dataloader.evaluator)) or {}
     if results:
         print_csv_format(results)
     return results
@@ -297,6 +319,7 @@ def _hooks(cfg: DictConfig, trainer: SimpleTrainer, checkpointer: WSBCNCheckpoin
     main = comm.is_main_process()
     precise = cfg.train.get("precise_bn", {})
     result = [
+        _resumed_schedule(cfg, trainer.optimizer),
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
         *estimate_hooks(**_estimates(cfg)),

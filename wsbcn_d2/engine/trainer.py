@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections import OrderedDict
 from unittest import mock
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, defaults, hooks
@@ -24,11 +25,11 @@ from ..layers import skip_first_batch_init
 from ..modeling.recomputation import recompute
 from .accumulate import accumulate
 from .evaluation import build_evaluator
-from .hooks import EstimateSync, UpdateRateSchedule
+from .hooks import EstimateSync, ResumedSchedule, UpdateRateSchedule
 from .monitor import ChannelMonitor
 from .processes import set_up_process
 
-__all__ = ["Trainer", "estimate_hooks", "train_net"]
+__all__ = ["Trainer", "estimate_hooks", "resumed_schedule", "train_net"]
 
 
 def estimate_hooks(
@@ -50,6 +51,31 @@ def estimate_hooks(
     if monitor_period:
         result.append(ChannelMonitor(monitor_period))
     return result
+
+
+_OPTIONS = (
+    *("BASE_LR", "BIAS_LR_FACTOR", "MOMENTUM", "NESTEROV"),
+    *("WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_BIAS"),
+)
+_LENGTHS = (
+    *("IMS_PER_BATCH", "LR_SCHEDULER_NAME", "STEPS", "GAMMA", "MAX_ITER"),
+    *("WARMUP_FACTOR", "WARMUP_ITERS", "WARMUP_METHOD"),
+)
+
+
+def resumed_schedule(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> ResumedSchedule:
+    """The hook that compares a config's schedule with the checkpoint's.
+
+    Raises:
+        ValueError: for an unknown ``SOLVER.ON_RESUME``.
+    """
+
+    def values(names):
+        found = {f"SOLVER.{name}": cfg.SOLVER[name] for name in names}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+
+    take = cfg.SOLVER.ON_RESUME
+    return ResumedSchedule(optimizer, values(_OPTIONS), values(_LENGTHS), take=take)
 
 
 def _ddp_for(device: str):
@@ -110,7 +136,7 @@ class Trainer(DefaultTrainer):
         result = super().build_hooks()
         after = next(i for i, hook in enumerate(result) if isinstance(hook, hooks.LRScheduler))
         result[after + 1 : after + 1] = ours
-        return result
+        return [resumed_schedule(self.cfg, self._trainer.optimizer), *result]
 
     def train(self) -> OrderedDict | None:
         """See :meth:`DefaultTrainer.train`; what stops training is what is raised.
