@@ -19,16 +19,16 @@ ROOT = PACKAGE.parent
 ALLOWED = {
     "files": set(),
     "layers": set(),
-    "config": {"layers"},
+    "config": {"data", "layers"},
     "folding": {"layers"},
     "data": {"files"},
     "checkpoint": {"files", "layers"},
     "modeling": {"layers"},
     "engine": {"files", "layers", "modeling", "checkpoint", "data", "config", "folding"},
-    "predictor": {"checkpoint", "engine", "folding"},
+    "predictor": {"checkpoint", "config", "engine", "folding"},
     "model_zoo": {"checkpoint", "config"},
     "study": {"files", "layers", "checkpoint", "engine", "config", "predictor"},
-    "cli": {"files", "checkpoint", "data", "engine", "predictor"},
+    "cli": {"checkpoint", "files", "config", "engine", "predictor"},
 }
 LAYERS_MAY_IMPORT = ("torch", "detectron2.layers", "fvcore.common.registry")
 SOURCES = sorted(

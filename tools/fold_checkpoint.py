@@ -20,10 +20,11 @@ import sys
 from detectron2.modeling import build_model
 
 from wsbcn_d2 import fold
-from wsbcn_d2.checkpoint import LoadExpectation, WSBCNCheckpointer
+from wsbcn_d2.checkpoint import WSBCNCheckpointer
 from wsbcn_d2.checkpoint.saving import save
 from wsbcn_d2.engine import UsageError, load_config
 from wsbcn_d2.engine.processes import one_line_errors
+from wsbcn_d2.engine.trainer import expectation
 from wsbcn_d2.folding import lazy_state_dict, stock_state_dict
 
 _LAYOUTS = {
@@ -49,7 +50,7 @@ def main(argv=None) -> None:
         parser.error("--output would overwrite --weights")
     cfg = load_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
     model = build_model(cfg)
-    checkpointer = WSBCNCheckpointer(model, expected=LoadExpectation.from_cfg(cfg))
+    checkpointer = WSBCNCheckpointer(model, expected=expectation(cfg, model))
     checkpointer.load(args.weights)
     try:
         state = _LAYOUTS[args.layout](model)

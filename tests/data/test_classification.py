@@ -337,3 +337,20 @@ def test_the_test_loader_yields_every_image_once_in_batches(classifier_cfg, tmp_
         MetadataCatalog.remove("test_cifar")
     assert [len(batch) for batch in batches] == [32, 32, 6]
     assert [x["image_id"] for batch in batches for x in batch] == list(range(70))
+
+
+def test_cifar_as_folders_of_pictures(tmp_path):
+    """As the configs of ResNet-20 read it."""
+    for split, count in (("train", 3), ("val", 1)):
+        for label in ("airplane", "truck"):
+            folder = tmp_path / "cifar10_jpg" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (32, 32), (i, 0, 0)).save(folder / f"{i}.jpg")
+    register_classification(tmp_path)
+    try:
+        assert [r["label"] for r in DatasetCatalog.get("cifar10_jpg_train")] == [0] * 3 + [1] * 3
+        assert [r["label"] for r in DatasetCatalog.get("cifar10_jpg_val")] == [0, 1]
+        assert MetadataCatalog.get("cifar10_jpg_val").evaluator_type == "classification"
+    finally:
+        register_classification(data.default_root())

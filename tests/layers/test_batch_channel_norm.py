@@ -428,3 +428,15 @@ def test_refused_inputs(shape):
 
 def test_repr_says_what_it_is():
     assert "12, num_groups=3, eps=1e-05, statistics=batch" in repr(make("batch"))
+
+
+def test_a_hook_on_all_modules_sees_the_batch_half():
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, y: seen.append(type(module))
+    )
+    try:
+        BatchChannelNorm2d(8, 4)(torch.randn(1, 8, 3, 3))
+    finally:
+        handle.remove()
+    assert seen == [EstimatedBatchNorm2d, BatchChannelNorm2d]

@@ -12,8 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from wsbcn_d2.study import Run, find_records, matching, run_all, runner
+from wsbcn_d2.study import (
+    Run,
+    find_records,
+    make_record,
+    matching,
+    run_all,
+    runner,
+    summarize,
+)
 from wsbcn_d2.study.runner import repeat_command
+from wsbcn_d2.study.summary import table
 
 # Writes what Detectron2 writes, ten iterations at a time; says on which iteration it began.
 TRAINER = """
@@ -94,6 +103,15 @@ def test_a_run_without_a_result_is_a_failure(tmp_path):
         [make_run("a")], tmp_path, lambda run, folder: [sys.executable, "-c", ""], poll_seconds=0.05
     )
     assert "no result" in failure.reason
+
+
+def test_a_classifiers_accuracy_is_its_result(tmp_path):
+    row = {"iteration": 39, "time": 0.5, "classification/top1": 81.5, "classification/top5": 99.0}
+    (tmp_path / "metrics.json").write_text(json.dumps(row) + "\n")
+    record = make_record(make_run("a"), tmp_path, "", 1)
+    assert record["final_ap"] == {"classification": 81.5}
+    head, cells = table(summarize([record]))
+    assert cells[0][head.index("top-1 accuracy")] == "81.5"
 
 
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path, command_of):

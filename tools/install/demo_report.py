@@ -13,8 +13,8 @@ from detectron2.engine import default_argument_parser
 from tabulate import tabulate
 
 from wsbcn_d2.engine import UsageError, load_config
+from wsbcn_d2.engine.curves import plot_curves, read_metrics
 from wsbcn_d2.predictor import draw_predictions
-from wsbcn_d2.study.curves import plot_curves, read_metrics
 
 
 def main() -> int:

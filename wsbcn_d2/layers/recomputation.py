@@ -14,18 +14,19 @@ head shared by levels, micro-batches whose backward passes come later, nested pa
 stop early or raise are all served. Only for inputs that are bit by bit the same does the order
 count (:func:`_likely_order`). All of it happens on the device, without synchronization.
 
-A batch kept twice by nested checkpointing is two kept runs of the same content, either of which is
-right. What is kept goes when the parameters have changed (the next step), and the oldest beyond
+What is kept goes when the parameters have changed (the next step), and the oldest beyond
 :data:`KEPT` runs.
 """
 
+import sys
 import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils import checkpoint
 
-__all__ = ["KEPT", "recalled", "remember", "repeats"]
+__all__ = ["KEPT", "packing", "recalled", "remember", "repeats"]
 
 #: Runs of a layer that may wait for their repetition: micro-batches times levels of a shared head.
 KEPT = 64
@@ -48,8 +49,24 @@ class _Run:
     version: int  # of the parameters
 
 
-def _hooks() -> tuple | None:
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+def packing() -> tuple[int, str] | None:
+    """Who packs, at present, the tensors that autograd saves (checkpointing does).
+
+    Returns:
+        A number and a name; None if nobody does.
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is not None:
+        hooks = top(False)
+        return None if hooks is None else (id(hooks[0]), getattr(hooks[0], "__qualname__", ""))
+    # Before torch 2.8 only the stack of calls tells.
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != checkpoint.__file__:
+        frame = frame.f_back
+    if frame is None:
+        return None
+    name = frame.f_code.co_name
+    return id(frame), "_recomputation_hook" if name == "recompute_fn" else name
 
 
 def repeats() -> bool:
@@ -59,8 +76,8 @@ def repeats() -> bool:
     if torch._C._current_graph_task_id() != -1:
         return True
     # Looking at a saved tensor (as drawers of graphs do) recomputes outside of a backward pass.
-    hooks = _hooks()
-    return hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
+    by = packing()
+    return by is not None and "_recomputation_hook" in by[1]
 
 
 def _version(bn: nn.Module) -> int:
@@ -86,8 +103,8 @@ def remember(bn: nn.Module, x: torch.Tensor) -> None:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_inference_mode_enabled():
         return
-    hooks = _hooks()
-    if torch.is_grad_enabled() and hooks is None:
+    by = packing()
+    if torch.is_grad_enabled() and by is None:
         return
     version, device = _version(bn), bn.running_mean.device
     runs = [r for r in bn.__dict__.get("_runs", ()) if r.version == version]
@@ -95,12 +112,11 @@ def remember(bn: nn.Module, x: torch.Tensor) -> None:
         bn.__dict__["_lost"] = version
     runs = [*runs[1 - KEPT :], _Run(
         _key(x), bn.running_mean.clone(), bn.running_var.clone(), torch.zeros((), device=device),
-        torch.autograd._get_sequence_nr(), None if hooks is None else id(hooks[0]), version,
+        torch.autograd._get_sequence_nr(), None if by is None else by[0], version,
     )]  # fmt: skip
     bn.__dict__["_runs"] = runs
 
 
-@torch.no_grad()
 def recalled(bn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The estimates that the first run of a repeated forward used.
 
@@ -112,8 +128,11 @@ def recalled(bn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
         (mean, var), each of shape (C,); None if this is no repetition. For an input that no kept
         run had, the present estimates.
     """
-    if not repeats():
-        return None
+    return _recall(bn, x) if repeats() else None
+
+
+@torch.no_grad()
+def _recall(bn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     runs = [r for r in bn.__dict__.get("_runs", ()) if r.key.device == x.device]
     if not runs:
         return None
@@ -151,7 +170,8 @@ def _likely_order(runs: list[_Run]) -> list[_Run]:
     """
     node = torch._C._current_autograd_node()
     number = -1 if node is None else node._sequence_nr()
-    if _hooks() is None:
+    by = packing()
+    if by is None or by[1] == "backward":
         first = [r for r in runs if r.number > number]
     else:
         before = [r.part for r in runs if r.number <= number]

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .kernels.dispatch import plain, requested_backend
+from .recomputation import packing
 
 __all__ = [
     "ReparametrizedConv2d",
@@ -142,7 +143,7 @@ def _mode() -> tuple:
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled("cpu"),
         torch.is_autocast_enabled("cuda"),
-        torch._C._autograd._top_saved_tensors_default_hooks(False),
+        packing(),
     )
 
 

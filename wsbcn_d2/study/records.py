@@ -14,14 +14,16 @@ import detectron2
 import numpy as np
 import torch
 
+from ..engine.curves import read_metrics
 from ..engine.evaluation import has_compiled_ops
 from ..files import replacing
-from .curves import read_metrics
 from .plan import WEIGHTS, Run, default_of
 
 __all__ = ["find_records", "make_record", "matching", "write_record"]
 
 FORMAT = 1
+# What counts as a result, the last part of a metric's name: of detectors, of classifiers.
+_RESULTS = ("AP", "top1")
 _POINTS = 50  # of a curve that is kept
 
 
@@ -91,14 +93,18 @@ def make_record(run: Run, folder: str | os.PathLike, command: str, threads: int)
     metrics = read_metrics(str(folder / "metrics.json"))
     times = metrics.get("time", [])
     seconds = _seconds(times)
-    tasks = sorted(name[: -len("/AP")] for name in metrics if name.endswith("/AP"))
-    last = min((metrics[f"{task}/AP"][-1][0] for task in tasks), default=-1)
+    results = {}
+    for name, series in sorted(metrics.items()):
+        task, _, metric = name.rpartition("/")
+        if metric in _RESULTS:
+            results[task] = series
+    last = min((series[-1][0] for series in results.values()), default=-1)
     if last < run.max_iter - 1:
         raise ValueError(f"no AP of iteration {run.max_iter} in {folder / 'metrics.json'}")
     curves = {}
-    for task in tasks:
+    for task, series in results.items():
         # COCO's AP is NaN where nothing at all was detected; as a result that is 0.
-        values = [(i, 0.0 if math.isnan(ap) else ap) for i, ap in metrics[f"{task}/AP"]]
+        values = [(i, 0.0 if math.isnan(ap) else ap) for i, ap in series]
         curves[task] = [[min(i + 1, run.max_iter), round(seconds(i), 1), ap] for i, ap in values]
     sessions = _sessions(folder / "sessions.jsonl")
     memory = max((s["memory_mb"] for s in sessions), default=None)

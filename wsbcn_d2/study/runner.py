@@ -14,8 +14,8 @@ from typing import IO
 
 from tqdm import tqdm
 
+from ..engine.curves import read_metrics
 from ..files import progress, take_lock
-from .curves import read_metrics
 from .plan import Run
 from .records import find_records, make_record, matching, write_record
 

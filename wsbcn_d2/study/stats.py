@@ -1,10 +1,11 @@
 """Means over a few seeds, and what two variants differ by, with confidence intervals."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+from scipy.special import stdtrit
 
 __all__ = ["Difference", "mean_interval", "paired_difference", "t_quantile"]
 
@@ -17,7 +18,7 @@ def t_quantile(degrees: int) -> float:
     """
     if degrees < 1:
         raise ValueError(f"Student's t needs at least 1 degree of freedom, got {degrees}")
-    return float(stats.t.ppf(0.975, degrees))
+    return float(stdtrit(degrees, 0.975))
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
@@ -35,7 +36,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
     mean = math.fsum(values) / count
     if count == 1:
         return mean, None
-    return mean, t_quantile(count - 1) * float(stats.sem(values))
+    return mean, t_quantile(count - 1) * statistics.stdev(values, mean) / math.sqrt(count)
 
 
 @dataclass(frozen=True)

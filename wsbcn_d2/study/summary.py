@@ -21,7 +21,12 @@ __all__ = [
     "to_markdown",
 ]
 
-TASKS = {"bbox": "box AP", "segm": "mask AP", "keypoints": "keypoint AP"}
+TASKS = {
+    "bbox": "box AP",
+    "segm": "mask AP",
+    "keypoints": "keypoint AP",
+    "classification": "top-1 accuracy",
+}
 
 
 @dataclass(frozen=True)

@@ -54,9 +54,10 @@ def coco(*, total_batch_size, image_format, mask):
             ),
             num_workers=4,
         ),
-        # None: the folder "inference" in train.output_dir
         evaluator=L(build_evaluator)(
-            cfg=None, dataset_name="${..test.dataset.names}", output_folder=None
+            cfg=None,
+            dataset_name="${..test.dataset.names}",
+            output_folder="${train.output_dir}/inference",
         ),
     )
 
@@ -106,6 +107,7 @@ def train_options(*, weights, max_iter, precise_bn):
             sync_estimates=True,
         ),
         recompute=[],
+        on_resume="checkpoint",
         device="cuda",
         seed=-1,
     )

@@ -161,7 +161,8 @@ def classification_test_loader(cfg: CfgNode, name: str) -> torch.utils.data.Data
 def register_classification(root: str | os.PathLike | None = None) -> None:
     """Registers ImageNet, CIFAR-10, CIFAR-100 and the view of the shapes set; reads nothing.
 
-    Names: ``imagenet_train``, ``imagenet_val``, ``cifar10_train``, ``cifar10_test``,
+    Names: ``imagenet_train``, ``imagenet_val``, ``cifar10_jpg_train``, ``cifar10_jpg_val``
+    (CIFAR-10 as folders of pictures), ``cifar10_train``, ``cifar10_test``,
     ``cifar100_train``, ``cifar100_test``, ``shapes_cls_train``, ``shapes_cls_val``.
 
     Args:
@@ -175,6 +176,8 @@ def register_classification(root: str | os.PathLike | None = None) -> None:
     for split in ("train", "val"):
         if _is_free(f"imagenet_{split}", replace):
             register_image_folder(f"imagenet_{split}", root / "imagenet" / split)
+        if _is_free(f"cifar10_jpg_{split}", replace):
+            register_image_folder(f"cifar10_jpg_{split}", root / "cifar10_jpg" / split)
         if _is_free(f"shapes_cls_{split}", replace):
             register_shapes_crops(f"shapes_cls_{split}", f"shapes_{split}")
     for dataset in ("cifar10", "cifar100"):

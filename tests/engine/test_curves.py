@@ -5,7 +5,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from wsbcn_d2.study.curves import plot_curves, read_metrics
+from wsbcn_d2.engine.curves import plot_curves, read_metrics
 
 
 def test_metrics_of_a_killed_and_resumed_run(tmp_path):

@@ -1,6 +1,5 @@
 """Under activation checkpointing nothing differs: outputs, gradients, estimates, counts."""
 
-import contextlib
 import copy
 import functools
 import pickle
@@ -468,9 +467,11 @@ def test_the_engine_is_asked_by_names_that_torch_has():
     """Private ones, of which nothing but these is used."""
     assert torch._C._current_graph_task_id() == -1
     assert torch._C._current_autograd_node() is None
-    assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x))
-        assert torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    assert recomputation.packing() is None
+    seen = []
+    checkpoint(
+        lambda x: seen.append(recomputation.packing()) or x * 2, image(), use_reentrant=False
+    )
+    assert seen[0] is not None and recomputation.packing() is None
     assert "_recomputation_hook" in vars(checkpointing)
     assert torch.autograd._get_sequence_nr() >= 0

@@ -2,12 +2,25 @@
 
 import importlib.util
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, TINY
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import LazyConfig, instantiate
-from detectron2.data import build_detection_train_loader
+from detectron2.data import MetadataCatalog, build_detection_train_loader
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    SimpleTrainer,
+    create_ddp_model,
+    default_argument_parser,
+    default_setup,
+    default_writers,
+    hooks,
+)
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from test_zoo import lazy_path, load_yaml
@@ -131,6 +144,67 @@ def test_twins_are_one_model_and_train(twins):
     assert all(torch.isfinite(torch.as_tensor(value)).all() for value in saved["model"].values())
 
 
+class StockTrainer(DefaultTrainer):
+    """As in Detectron2's train_net.py."""
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+        assert MetadataCatalog.get(dataset_name).evaluator_type == "coco"
+        return COCOEvaluator(dataset_name, output_dir=output_folder or cfg.OUTPUT_DIR)
+
+
+def stock_lazy(cfg):
+    """What Detectron2's lazyconfig_train_net.py does with a config; the evaluation's results."""
+    args = default_argument_parser().parse_args([])
+    default_setup(cfg, args)
+    model = instantiate(cfg.model)
+    model.to(cfg.train.device)
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    loader = instantiate(cfg.dataloader.train)
+    model = create_ddp_model(model, **cfg.train.ddp)
+    trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(model, loader, optimizer)
+    checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    results = []
+
+    def evaluate():
+        found = inference_on_dataset(
+            model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+        )
+        results.append(found)
+        return found
+
+    writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer),
+            hooks.EvalHook(cfg.train.eval_period, evaluate),
+            hooks.PeriodicWriter(writers, period=cfg.train.log_period),
+        ]
+    )
+    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=False)
+    trainer.train(0, cfg.train.max_iter)
+    return results
+
+
+def test_twins_train_to_the_end_under_detectron2s_own_scripts(twins):
+    name, cfg, lazy_cfg = twins
+    tasks = {"bbox", "segm"} if "mask" in name else {"bbox"}
+    default_setup(cfg, default_argument_parser().parse_args([]))
+    trainer = StockTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert set(trainer._last_eval_results) == tasks
+    lazy_cfg.train.eval_period = 1
+    for results in stock_lazy(lazy_cfg):
+        assert set(results) == tasks
+    folder = Path(lazy_cfg.train.output_dir)
+    assert (folder / "inference" / "coco_instances_results.json").is_file()
+    assert (folder / "model_final.pth").is_file()
+
+
 @pytest.fixture(scope="module")
 def tool():
     spec = importlib.util.spec_from_file_location(
@@ -147,6 +221,7 @@ def _run(tool, monkeypatch, *arguments):
 
 
 SHRUNK = [
+    "model.backbone.module.bottom_up.freeze_at=0",
     "model.backbone.module.bottom_up.stages.depth=18",
     "model.backbone.module.out_channels=64",
     "model.backbone.module.top_block.in_channels=512",
@@ -184,7 +259,7 @@ def test_tool_trains_resumes_and_evaluates(tool, tiny_shapes, tmp_path, monkeypa
 
 
 CONFIG = str(lazy_path(FAMILIES["mask"]))
-FROM_SCRATCH = ["train.init_checkpoint="]
+FROM_SCRATCH = ["train.init_checkpoint=", "model.backbone.module.bottom_up.freeze_at=0"]
 HERE = ["dataloader.train.dataset.names=shapes_train", "dataloader.test.dataset.names=shapes_val"]
 
 

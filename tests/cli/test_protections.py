@@ -152,3 +152,31 @@ def test_a_model_that_reads_numbers_while_it_is_built_is_no_error(
     check_config(options(tiny_cfg(), tiny_shapes))
     cfg = options(tiny_cfg("MODEL.RESNETS.NORM", "XY"), tiny_shapes)
     assert "unknown norm 'XY'" in message(check_config, cfg)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_says_whose_learning_rate_holds(tiny_options, tmp_path, monkeypatch):
+    """And another one's lengths hold, as the log says."""
+
+    def run(*words):
+        argv = ["wsbcn-train", "--config-file", CONFIG, "--resume", *tiny_options, *words]
+        monkeypatch.setattr(sys, "argv", argv)
+        assert main() == 0
+        state = torch.load(tmp_path / "output" / "model_final.pth", weights_only=True)
+        return {
+            group["initial_lr"]
+            for group in state["trainer"]["_trainer"]["optimizer"]["param_groups"]
+        }
+
+    assert run("SOLVER.BASE_LR", "0.01") == {0.01}
+    log = tmp_path / "output" / "log.txt"
+    assert "of the config differ" not in log.read_text()
+    assert run("SOLVER.BASE_LR", "0.002", "SOLVER.MAX_ITER", "4") == {0.01}
+    said = log.read_text().split("of the config differ: ")[1].splitlines()[0]
+    assert said == (
+        "SOLVER.BASE_LR was 0.01, is 0.002; 0.01 holds (for the config's, SOLVER.ON_RESUME config)"
+        "; SOLVER.MAX_ITER was 3, is 4, which holds (to go on as before, set 3)"
+    )
+    assert run("SOLVER.BASE_LR", "0.002", "SOLVER.MAX_ITER", "5", "SOLVER.ON_RESUME", "config") == {
+        0.002
+    }
