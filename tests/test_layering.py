@@ -28,7 +28,7 @@ ALLOWED = {
     "predictor": {"checkpoint", "config", "engine", "folding"},
     "model_zoo": {"checkpoint", "config"},
     "study": {"files", "layers", "checkpoint", "engine", "config", "predictor"},
-    "cli": {"files", "config", "engine", "predictor"},
+    "cli": {"checkpoint", "files", "config", "engine", "predictor"},
 }
 LAYERS_MAY_IMPORT = ("torch", "detectron2.layers", "fvcore.common.registry")
 SOURCES = sorted(
