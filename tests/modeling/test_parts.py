@@ -14,7 +14,7 @@ from torch import nn
 
 from wsbcn_d2 import BatchChannelNorm2d, EstimatedBatchNorm2d, WSConv2d, fold, get_cfg
 from wsbcn_d2.checkpoint import METADATA_KEY, CheckpointError, WSBCNCheckpointer
-from wsbcn_d2.engine.trainer import expectation
+from wsbcn_d2.engine.from_config import expectation
 from wsbcn_d2.layers import CWNConv2d, WNConv2d, standardize_weight
 from wsbcn_d2.modeling import standardize_parts
 
