@@ -19,7 +19,7 @@ ROOT = PACKAGE.parent
 ALLOWED = {
     "files": set(),
     "layers": set(),
-    "config": {"layers"},
+    "config": {"data", "layers"},
     "folding": {"layers"},
     "data": {"files"},
     "checkpoint": {"files", "layers"},

@@ -18,9 +18,10 @@ from detectron2.engine import DefaultPredictor
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from .checkpoint import CheckpointError, LoadExpectation, WSBCNCheckpointer
+from .checkpoint import CheckpointError, WSBCNCheckpointer
 from .config import UsageError, load_config, one_line
 from .engine.lazy import load_lazy_config
+from .engine.trainer import expectation
 from .folding import fold as folded
 
 if TYPE_CHECKING:  # its import needs OpenCV, prediction does not
@@ -61,7 +62,7 @@ class Predictor(DefaultPredictor):
             unloaded.defrost()
             unloaded.MODEL.WEIGHTS = ""
             super().__init__(unloaded)
-            weights, expected = cfg.MODEL.WEIGHTS, LoadExpectation.from_cfg(cfg)
+            weights, expected = cfg.MODEL.WEIGHTS, expectation(cfg, self.model)
             self.cfg = cfg.clone()
         else:
             self._init_lazy(cfg)

@@ -22,8 +22,9 @@ from torch import nn
 from ..checkpoint import LoadExpectation, WSBCNCheckpointer
 from ..config import UsageError, one_line
 from ..data import classification_mapper
+from ..data.checks import Wanted, check_sets
 from ..modeling.recomputation import modules_named
-from .trainer import estimate_hooks, resumed_schedule
+from .trainer import estimate_hooks, expectation, resumed_schedule
 
 __all__ = ["Keys", "Setup", "check_config", "check_datasets", "check_setup"]
 
@@ -99,6 +100,9 @@ def check_setup(
         UsageError, CheckpointError, DataError: for the first thing found.
     """
     keys = setup.keys
+    wanted = (setup.test, keys.test) if eval_only else (setup.train, keys.train)
+    if not wanted[0]:
+        raise UsageError(f"{wanted[1]} is empty: name a data set")
     if not eval_only:
         check_datasets(setup.train, keys.train)
         _check_batch(setup, world_size)
@@ -155,6 +159,7 @@ def check_config(
                     classification_mapper(cfg, names, is_train=is_train)
                 except ValueError as error:
                     raise UsageError(one_line(error)) from error
+        check_sets(cfg.DATASETS.TRAIN if train else (), cfg.DATASETS.TEST, _wanted(cfg))
 
     setup = Setup(
         Keys(),
@@ -174,9 +179,43 @@ def check_config(
         model=lambda: _model(cfg),
         training=training,
         data=data,
-        expected=lambda model: LoadExpectation.from_cfg(cfg),
+        expected=lambda model: expectation(cfg, model),
     )
     check_setup(setup, world_size=world_size, eval_only=eval_only, resume=resume)
+
+
+_CHANNELS = {"L": 1, "RGB": 3, "BGR": 3, "YUV-BT.601": 3}
+_CLASSES_OF = {  # META_ARCHITECTURE -> where the number of its classes stands
+    "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
+    "PanopticFPN": "MODEL.ROI_HEADS.NUM_CLASSES",
+    "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
+    "WSRetinaNet": "MODEL.RETINANET.NUM_CLASSES",
+}
+
+
+def _wanted(cfg: CfgNode) -> Wanted:
+    """What a YAML config says of its data."""
+    if cfg.INPUT.MASK_FORMAT not in ("polygon", "bitmask"):
+        raise UsageError(f"INPUT.MASK_FORMAT {cfg.INPUT.MASK_FORMAT!r}: say polygon or bitmask")
+    if cfg.SOLVER.EPOCHS < 0:
+        raise UsageError(f"SOLVER.EPOCHS {cfg.SOLVER.EPOCHS} must not be negative")
+    channels, means = _CHANNELS.get(cfg.INPUT.FORMAT), len(cfg.MODEL.PIXEL_MEAN)
+    if means != len(cfg.MODEL.PIXEL_STD) or (channels and channels != means):
+        raise UsageError(
+            f"INPUT.FORMAT {cfg.INPUT.FORMAT} needs {channels or means} numbers each in "
+            f"MODEL.PIXEL_MEAN and MODEL.PIXEL_STD, not {means} and {len(cfg.MODEL.PIXEL_STD)}"
+        )
+    key = _CLASSES_OF.get(cfg.MODEL.META_ARCHITECTURE)
+    return Wanted(
+        classes=dict(_leaves(cfg.MODEL, "MODEL"))[key] if key else None,
+        masks=cfg.MODEL.MASK_ON,
+        mask_format=cfg.INPUT.MASK_FORMAT,
+        keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0,
+        sigmas=len(cfg.TEST.KEYPOINT_OKS_SIGMAS),
+        flip=cfg.INPUT.RANDOM_FLIP != "none",
+        picture_range=cfg.INPUT.PICTURE_RANGE,
+        classes_key=key or "",
+    )
 
 
 def check_datasets(names: Iterable[str], key: str) -> None:

@@ -19,7 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..checkpoint import LoadExpectation, WSBCNCheckpointer
 from ..config import UsageError, one_line
-from ..layers import DEFAULT_UPDATE_RATE, skip_first_batch_init
+from ..data import register_coco_sets
+from ..data.checks import Wanted, check_sets
+from ..modeling import set_estimates
 from ..modeling.recomputation import recompute
 from .accumulate import accumulate
 from .checks import Keys, Setup, check_setup
@@ -42,7 +44,8 @@ _PARTS = ("dataloader", "lr_multiplier", "model", "optimizer", "train")
 def load_lazy_config(config_file: str, overrides: Iterable[str] = ()) -> DictConfig:
     """Read a Python config.
 
-    Without a CUDA device, ``train.device`` becomes ``cpu``.
+    Without a CUDA device, ``train.device`` becomes ``cpu``. The sets of ``dataloader.coco_sets``,
+    which are those of ``DATASETS.COCO_SETS``, are registered.
 
     Args:
         config_file: path of the file.
@@ -83,6 +86,8 @@ def load_lazy_config(config_file: str, overrides: Iterable[str] = ()) -> DictCon
         raise UsageError(f"command-line override: {one_line(error)}; say KEY=VALUE") from error
     if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
         cfg.train.device = "cpu"
+    sets = OmegaConf.to_container(OmegaConf.create(cfg.dataloader.get("coco_sets", [])))
+    register_coco_sets(sets)
     return cfg
 
 
@@ -159,10 +164,33 @@ def check_lazy_config(
         estimates=_estimates(cfg),
         model=lambda: _built(cfg, "model"),
         training=training,
-        data=lambda train: None,
+        data=lambda train: check_sets(
+            _names(cfg, "train") if train else (), _names(cfg, "test"), _wanted(cfg)
+        ),
         expected=expected,
     )
     check_setup(setup, world_size=world_size, eval_only=eval_only, resume=resume)
+
+
+def _wanted(cfg: DictConfig) -> Wanted:
+    """What a Python config says of its data."""
+    heads = cfg.model.get("roi_heads", {})
+    inside = "num_classes" in heads
+    mapper = cfg.dataloader.train.mapper
+    limits = list(mapper.get("limits", []))
+    mapper = mapper.get("mapper", mapper)  # of a RangeMapper
+    keypoints = heads.get("keypoint_head", {}).get("num_keypoints", 0)
+    return Wanted(
+        classes=heads.num_classes if inside else cfg.model.get("num_classes"),
+        masks="mask_head" in heads,
+        mask_format=mapper.get("instance_mask_format", "bitmask"),
+        keypoints=keypoints,
+        sigmas=len(cfg.dataloader.evaluator.get("kpt_oks_sigmas", ())),
+        picture_range=limits,
+        classes_key="model.roi_heads.num_classes" if inside else "model.num_classes",
+        masks_key="model.roi_heads.mask_head",
+        format_key="dataloader.train.mapper.instance_mask_format",
+    )
 
 
 def _resumed_schedule(cfg: DictConfig, optimizer: torch.optim.Optimizer) -> ResumedSchedule:
@@ -205,8 +233,7 @@ def _estimates(cfg: DictConfig) -> dict:
     bcn = cfg.train.get("bcn", {})
     names = {"update_rate": "rate", "update_rate_schedule": "schedule", "sync_estimates": "sync"}
     names["monitor_period"] = "monitor_period"
-    options = {ours: bcn[theirs] for theirs, ours in names.items() if theirs in bcn}
-    return {"rate": DEFAULT_UPDATE_RATE, **options}
+    return {ours: bcn[theirs] for theirs, ours in names.items() if theirs in bcn}
 
 
 def _names(cfg: DictConfig, split: str) -> list[str]:
@@ -289,8 +316,8 @@ def train(cfg: DictConfig, *, resume: bool = False) -> dict:
     cfg = auto_scale(copy.deepcopy(cfg), comm.get_world_size())  # a model is put into it below
     model = recompute(instantiate(cfg.model), cfg.train.get("recompute", []))
     model.to(cfg.train.device)
-    if not cfg.train.get("bcn", {}).get("first_batch_init", True):
-        skip_first_batch_init(model)
+    bcn = cfg.train.get("bcn", {})
+    set_estimates(model, bcn.get("update_rate"), bcn.get("first_batch_init", True))
     logging.getLogger(__name__).info(f"Model:\n{model}")
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)

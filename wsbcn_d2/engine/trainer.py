@@ -1,17 +1,25 @@
 """Detectron2's ``DefaultTrainer`` with this project's hooks and evaluators."""
 
 import contextlib
+import dataclasses
 import functools
 import logging
+import math
 import os
 import weakref
 from argparse import Namespace
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from unittest import mock
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, defaults, hooks
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import GeneralizedRCNNWithTTA
@@ -20,8 +28,12 @@ from torch import nn
 
 from ..checkpoint import CheckpointError, LoadExpectation, WSBCNCheckpointer
 from ..config import load_config
-from ..data import classification_mapper, classification_test_loader
-from ..layers import skip_first_batch_init
+from ..data import (
+    RangeMapper,
+    classification_mapper,
+    classification_test_loader,
+    register_coco_sets,
+)
 from ..modeling.recomputation import recompute
 from .accumulate import accumulate
 from .evaluation import build_evaluator
@@ -33,12 +45,16 @@ __all__ = ["Trainer", "estimate_hooks", "resumed_schedule", "train_net"]
 
 
 def estimate_hooks(
-    rate: float, schedule: str = "constant", sync: bool = True, monitor_period: int = 0
+    rate: float | None = None,
+    schedule: str = "constant",
+    sync: bool = True,
+    monitor_period: int = 0,
 ) -> list[HookBase]:
     """The hooks that look after running estimates, from a YAML or a Python config's options.
 
     Args:
-        rate, schedule: ``MODEL.BCN.UPDATE_RATE`` and ``UPDATE_RATE_SCHEDULE``.
+        rate: base rate; None for what the model's norms have (:func:`set_estimates`).
+        schedule: ``MODEL.BCN.UPDATE_RATE_SCHEDULE``.
         sync: ``MODEL.BCN.SYNC_ESTIMATES``.
         monitor_period: ``MODEL.BCN.MONITOR_PERIOD``.
 
@@ -86,6 +102,77 @@ def _ddp_for(device: str):
     return mock.patch.object(defaults, "create_ddp_model", create)
 
 
+def expectation(cfg: CfgNode, model: nn.Module) -> LoadExpectation:
+    """What the weights of a YAML config's model have to be, and what its checkpoints record.
+
+    Args:
+        cfg: the config.
+        model: built from it; asked where ``MODEL.WS.PARTS`` and not the backbone's name decides.
+    """
+    expected = LoadExpectation.from_cfg(cfg)
+    if not cfg.MODEL.WS.PARTS:
+        return expected
+    own = {
+        (module.ws_formula, module.ws_eps)
+        for module in getattr(model, "backbone", model).modules()
+        if hasattr(module, "ws_formula")
+    }
+    formula, eps = own.pop() if len(own) == 1 else (None if own else "none", None)
+    return dataclasses.replace(expected, ws_formula=formula, ws_eps=eps)
+
+
+def schedule_by_epochs(cfg: CfgNode) -> CfgNode:
+    """The config with ``SOLVER.EPOCHS`` turned into iterations.
+
+    Args:
+        cfg: its training sets are loaded if it counts in epochs.
+
+    Returns:
+        CfgNode: a new config, or ``cfg`` if there is nothing to do. ``SOLVER.MAX_ITER`` is the
+        number of steps in which every picture that is trained on is seen ``EPOCHS`` times;
+        ``STEPS``, ``TEST.EVAL_PERIOD`` and ``CHECKPOINT_PERIOD`` keep their shares of it, and the
+        warm-up is no longer than a tenth.
+    """
+    if not cfg.SOLVER.EPOCHS:
+        return cfg
+    records = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+        if cfg.MODEL.KEYPOINT_ON
+        else 0,
+    )
+    cfg = cfg.clone()
+    cfg.defrost()
+    solver = cfg.SOLVER
+    iterations = max(1, round(solver.EPOCHS * len(records) / solver.IMS_PER_BATCH))
+    share = iterations / solver.MAX_ITER
+    solver.STEPS = tuple(round(step * share) for step in solver.STEPS)
+    cfg.TEST.EVAL_PERIOD = math.ceil(cfg.TEST.EVAL_PERIOD * share)
+    solver.CHECKPOINT_PERIOD = math.ceil(solver.CHECKPOINT_PERIOD * share)
+    solver.WARMUP_ITERS = min(solver.WARMUP_ITERS, iterations // 10)
+    solver.MAX_ITER, solver.EPOCHS = iterations, 0
+    cfg.freeze()
+    logging.getLogger(__name__).info(
+        f"{len(records)} pictures, {solver.IMS_PER_BATCH} a step: {iterations} iterations, "
+        f"learning rate lower at {solver.STEPS}"
+    )
+    return cfg
+
+
+def build_mapper(cfg: CfgNode, names: Sequence[str], *, is_train: bool) -> Callable | None:
+    """What turns a record of data sets into a model's input, where that is not Detectron2's own.
+
+    Returns:
+        The mapper of classification data sets, or one that reads pictures of more than 8 bits with
+        ``INPUT.PICTURE_RANGE``; None for Detectron2's ``DatasetMapper``.
+    """
+    mapper = classification_mapper(cfg, names, is_train=is_train)
+    if mapper is None and cfg.INPUT.PICTURE_RANGE:
+        return RangeMapper(DatasetMapper(cfg, is_train), cfg.INPUT.PICTURE_RANGE)
+    return mapper
+
+
 class Trainer(DefaultTrainer):
     """``DefaultTrainer`` plus update-rate schedule, estimate sync, dataset evaluators and a
     checkpointer that refuses weights which do not fit."""
@@ -95,6 +182,8 @@ class Trainer(DefaultTrainer):
         Args:
             cfg: a config with the keys of :func:`wsbcn_d2.add_wsbcn_config`.
         """
+        register_coco_sets(cfg.DATASETS.COCO_SETS)  # where the config was not read by load_config
+        cfg = schedule_by_epochs(cfg)
         with _ddp_for(cfg.MODEL.DEVICE):
             super().__init__(cfg)
         accumulate(self._trainer, cfg.SOLVER.ACCUMULATE)
@@ -102,20 +191,22 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Detectron2's model, its running estimates and recomputation as the config says."""
-        model = recompute(super().build_model(cfg), cfg.MODEL.RECOMPUTE)
-        return model if cfg.MODEL.BCN.FIRST_BATCH_INIT else skip_first_batch_init(model)
+        return recompute(super().build_model(cfg), cfg.MODEL.RECOMPUTE)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        """Detectron2's loader; classification data sets are mapped by ``ClassificationMapper``."""
-        mapper = classification_mapper(cfg, cfg.DATASETS.TRAIN, is_train=True)
+        """Detectron2's loader, on :func:`build_mapper`."""
+        mapper = build_mapper(cfg, cfg.DATASETS.TRAIN, is_train=True)
         return build_detection_train_loader(cfg, mapper=mapper)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         """Detectron2's loader, or :func:`wsbcn_d2.data.classification_test_loader`."""
         loader = classification_test_loader(cfg, dataset_name)
-        return build_detection_test_loader(cfg, dataset_name) if loader is None else loader
+        if loader is None:
+            mapper = build_mapper(cfg, [dataset_name], is_train=False)
+            loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        return loader
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, and this project's right after the learning-rate scheduler.
@@ -126,12 +217,12 @@ class Trainer(DefaultTrainer):
         self.checkpointer = WSBCNCheckpointer(
             self.model,
             self.cfg.OUTPUT_DIR,
-            expected=LoadExpectation.from_cfg(self.cfg),
+            expected=expectation(self.cfg, getattr(self.model, "module", self.model)),
             trainer=weakref.proxy(self),
         )
         bcn = self.cfg.MODEL.BCN
         ours = estimate_hooks(
-            bcn.UPDATE_RATE, bcn.UPDATE_RATE_SCHEDULE, bcn.SYNC_ESTIMATES, bcn.MONITOR_PERIOD
+            None, bcn.UPDATE_RATE_SCHEDULE, bcn.SYNC_ESTIMATES, bcn.MONITOR_PERIOD
         )
         result = super().build_hooks()
         after = next(i for i, hook in enumerate(result) if isinstance(hook, hooks.LRScheduler))
@@ -207,7 +298,7 @@ def train_net(args: Namespace) -> OrderedDict | None:
     set_up_process(cfg, args, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        expected = LoadExpectation.from_cfg(cfg)
+        expected = expectation(cfg, model)
         WSBCNCheckpointer(model, cfg.OUTPUT_DIR, expected=expected).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )

@@ -57,18 +57,15 @@ def fused_bcn(
         Tensor of the shape of ``x``; of its type, or float32 where autocast has group norms
         return that (CUDA). Arithmetic is float32 at least.
     """
-    return _FusedBCN.apply(
-        x, weight, bias, bn_weight, bn_bias,
-        backend, readable, bn_mean, bn_var, bn_count, bn_eps, rate, eps,
-    )  # fmt: skip
+    # What is not differentiated goes in one piece: apply() looks at each of its arguments.
+    options = (backend, readable, bn_mean, bn_var, bn_count, bn_eps, rate, eps)
+    return _FusedBCN.apply(x, weight, bias, bn_weight, bn_bias, options)
 
 
 class _FusedBCN(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x, weight, bias, bn_weight, bn_bias,
-        backend, readable, bn_mean, bn_var, bn_count, bn_eps, rate, eps,
-    ):  # fmt: skip
+    def forward(ctx, x, weight, bias, bn_weight, bn_bias, options):
+        backend, readable, bn_mean, bn_var, bn_count, bn_eps, rate, eps = options
         dtype = None
         if x.is_cuda and x.dtype != weight.dtype and torch.is_autocast_enabled("cuda"):
             dtype = weight.dtype  # as autocast's F.group_norm
@@ -101,7 +98,7 @@ class _FusedBCN(torch.autograd.Function):
             needs = needed[0], needed[3] or needed[4]
             grads = ctx.backend.bcn_backward(dy, x, weight, bn_weight, bn_bias, tuple(saved), needs)
             grads = [g if need else None for g, need in zip(grads, needed, strict=True)]
-        return *grads, *[None] * 8
+        return *grads, None
 
 
 def fused_standardize(
@@ -121,12 +118,13 @@ def fused_standardize(
         formula, eps: see :func:`wsbcn_d2.layers.standardize_weight`.
         dtype: type of the result, None for that of ``weight``.
     """
-    return _FusedWS.apply(weight, backend, readable, formula, eps, dtype)
+    return _FusedWS.apply(weight, (backend, readable, formula, eps, dtype))
 
 
 class _FusedWS(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, backend, readable, formula, eps, dtype):
+    def forward(ctx, weight, options):
+        backend, readable, formula, eps, dtype = options
         out, saved = backend.ws_forward(weight, formula, eps, dtype)
         ctx.save_for_backward(weight, *saved)
         ctx.backend, ctx.readable, ctx.options = backend, readable, (formula, eps)
@@ -140,7 +138,7 @@ class _FusedWS(torch.autograd.Function):
             (dw,) = _graph_of_grads(y, (weight,), (True,), dy)
         else:
             dw = ctx.backend.ws_backward(dy, weight, tuple(saved), *ctx.options)
-        return dw, *[None] * 5
+        return dw, None
 
 
 def _graph_of_grads(y, inputs, needed, dy):
