@@ -28,7 +28,7 @@ ALLOWED = {
     "predictor": {"checkpoint", "config", "data", "engine", "folding"},
     "model_zoo": {"checkpoint", "config"},
     "study": {"files", "layers", "checkpoint", "engine", "config", "predictor"},
-    "cli": {"files", "config", "data", "engine", "predictor"},
+    "cli": {"checkpoint", "files", "config", "data", "engine", "predictor"},
 }
 LAYERS_MAY_IMPORT = ("torch", "detectron2.layers", "fvcore.common.registry")
 SOURCES = sorted(

@@ -20,8 +20,9 @@ Where to look, bottom to top; nothing imports from further down this list:
 - a head: ``wsbcn_d2/modeling/roi_heads.py`` (WSFastRCNNConvFCHead)
 - which convolutions carry WS: ``wsbcn_d2/modeling/build.py``
 - what backward computes again: ``wsbcn_d2/modeling/recomputation.py`` (recompute)
-- the format of someone's checkpoint: ``wsbcn_d2/checkpoint/formats.py`` (FORMATS)
-- a published file and where it comes from: ``wsbcn_d2/checkpoint/catalog.py``
+- the format of someone's checkpoint: ``wsbcn_d2/checkpoint/formats/recognise.py`` (FORMATS)
+- a published file and where it comes from: ``wsbcn_d2/checkpoint/catalog/entries.py`` (CATALOG)
+- the reading of strangers' checkpoints: ``wsbcn_d2/checkpoint/files/opening.py`` (read_file)
 - what is checked at loading: ``wsbcn_d2/checkpoint/checkpointer.py`` (WSBCNCheckpointer)
 - the embedded data set: ``wsbcn_d2/data/shapes`` (ensure_shapes)
 - a picture's way into a classifier: ``wsbcn_d2/data/classification`` (ClassificationMapper)

@@ -52,8 +52,9 @@ def command(train_net, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["train_net.py", *argv])
         capsys.readouterr()
         code = train_net.cli()
-        # Loggers that an earlier test has set up write to its stderr: not of interest here.
-        lines = capsys.readouterr().err.splitlines()
+        lines = [line for line in capsys.readouterr().err.splitlines() if line]
+        if code == 2:
+            assert len(lines) == 1 and lines[0].startswith("error: "), lines
         return code, [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
 
     return call

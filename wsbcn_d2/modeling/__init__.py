@@ -8,15 +8,12 @@ from .backbone import (
 from .build import standardize
 from .cifar_resnet import build_cifar_resnet_backbone, build_ws_cifar_resnet_backbone
 from .classifier import ImageClassifier
-from .legacy import LegacyROIHeads, RoundedAnchorGenerator
 from .parts import register_preparation, set_estimates, standardize_parts
 from .retinanet import WSRetinaNet, WSRetinaNetHead
 from .roi_heads import WSFastRCNNConvFCHead, WSMaskRCNNConvUpsampleHead, WSRes5ROIHeads
 
 __all__ = [
     "ImageClassifier",
-    "LegacyROIHeads",
-    "RoundedAnchorGenerator",
     "WSFastRCNNConvFCHead",
     "WSMaskRCNNConvUpsampleHead",
     "WSRes5ROIHeads",
