@@ -18,6 +18,7 @@ REQUIRES = [
     "numpy>=1.23",
     "Pillow>=9.1",
     "cloudpickle>=2.0",
+    "safetensors>=0.4.2",
     "hydra-core>=1.1",
     "matplotlib>=3.5",
     "omegaconf>=2.1",

@@ -15,6 +15,8 @@ KEYS = {
     "MODEL.WS.KIND": "ws",
     "MODEL.WS.FORMULA": "unbiased",
     "MODEL.WS.EPS": 1e-5,
+    "MODEL.WS.PARTS": [],
+    "MODEL.BCN.NUM_GROUPS": None,
     "MODEL.BCN.UPDATE_RATE": 0.01,
     "MODEL.BCN.UPDATE_RATE_SCHEDULE": "constant",
     "MODEL.BCN.FIRST_BATCH_INIT": True,

@@ -4,13 +4,15 @@
     tools/benchmark.py layer                     BCN against GroupNorm over R-50-FPN's activations
     tools/benchmark.py ws                        standardizing all weights of R-50-FPN
     tools/benchmark.py step CONFIG CONFIG ...    training step and inference; the first is the base
+    tools/benchmark.py step CONFIG --recompute 'backbone.bottom_up.res?.*' --recompute ...
     tools/benchmark.py monitor CONFIG ...        what the channel monitor adds to a training
     tools/benchmark.py layer --device cuda --amp --output layer.json
 
 Every round runs all candidates one after another, so that a busy machine slows all of them; a
 ratio is the median over rounds of the ratio within a round, +- half its interquartile range.
 Peak memory is that of live tensors allocated in a step (CPU: by the profiler's allocation events;
-CUDA: by the caching allocator), above what was live before it.
+CUDA: by the caching allocator), above what was live before it; kept is what of them is alive after
+the forward pass, for backward; process is by how much the process grows (Linux).
 """
 
 import argparse
@@ -49,12 +51,20 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--images", type=int, nargs="+", default=[1], help="images per batch")
     parser.add_argument("--image-size", type=int, nargs=2, default=(800, 1216), metavar=("H", "W"))
+    parser.add_argument(
+        "--recompute",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="step: measure every config once more, with these modules recomputed in backward",
+    )
     parser.add_argument("--released", action="store_true", help="layer: time released BCN too")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: a smoke test")
     parser.add_argument("--output", help="JSON file to write")
     args = parser.parse_args(argv)
-    if args.mode == "step" and len(args.configs) < 2:
-        parser.error("step mode compares two or more configs")
+    if args.mode == "step" and len(args.configs) * (1 + len(args.recompute)) < 2:
+        parser.error("step mode compares two or more configs, or one with --recompute")
     if args.mode == "monitor" and not args.configs:
         parser.error("monitor mode needs a config")
     if args.cpu_time and args.device == "cuda":

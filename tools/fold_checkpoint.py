@@ -17,12 +17,14 @@ import argparse
 import os
 import sys
 
-import torch
 from detectron2.modeling import build_model
 
 from wsbcn_d2 import fold
-from wsbcn_d2.checkpoint import CheckpointError, LoadExpectation, WSBCNCheckpointer
+from wsbcn_d2.checkpoint import WSBCNCheckpointer
+from wsbcn_d2.checkpoint.saving import save
 from wsbcn_d2.engine import UsageError, load_config
+from wsbcn_d2.engine.processes import one_line_errors
+from wsbcn_d2.engine.trainer import expectation
 from wsbcn_d2.folding import lazy_state_dict, stock_state_dict
 
 _LAYOUTS = {
@@ -32,8 +34,9 @@ _LAYOUTS = {
 }
 
 
-def main(argv=None) -> int:
-    """Runs the tool; returns the exit status."""
+@one_line_errors
+def main(argv=None) -> None:
+    """Runs the tool."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,18 +48,16 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if os.path.abspath(args.output) == os.path.abspath(args.weights):
         parser.error("--output would overwrite --weights")
+    cfg = load_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
+    model = build_model(cfg)
+    checkpointer = WSBCNCheckpointer(model, expected=expectation(cfg, model))
+    checkpointer.load(args.weights)
     try:
-        cfg = load_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
-        model = build_model(cfg)
-        checkpointer = WSBCNCheckpointer(model, expected=LoadExpectation.from_cfg(cfg))
-        checkpointer.load(args.weights)
         state = _LAYOUTS[args.layout](model)
-        torch.save({"model": state, "__author__": "wsbcn_d2"}, args.output)
-    except (CheckpointError, UsageError, OSError, ValueError) as error:
-        print(f"fold_checkpoint: {error}", file=sys.stderr)
-        return 1
+    except ValueError as error:
+        raise UsageError(f"{args.weights}: {error}") from error
+    save({"model": state, "__author__": "wsbcn_d2"}, args.output)
     print(f"written {args.output}: {len(state)} tensors, layout {args.layout}")
-    return 0
 
 
 if __name__ == "__main__":

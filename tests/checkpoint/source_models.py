@@ -180,33 +180,6 @@ class Heads:
     classes: int = 80
 
 
-MRB = Heads(
-    lateral=("backbone.fpn.fpn_inner{1}.0", "backbone.fpn.fpn_inner{1}.1"),
-    output=("backbone.fpn.fpn_layer{1}.0", "backbone.fpn.fpn_layer{1}.1"),
-    rpn=("rpn.head.conv", "rpn.head.cls_logits", "rpn.head.bbox_pred"),
-    box_conv=tuple(
-        (
-            f"roi_heads.box.feature_extractor.xconvs.{3 * i}",
-            f"roi_heads.box.feature_extractor.xconvs.{3 * i + 1}",
-        )
-        for i in range(4)
-    ),
-    fc="roi_heads.box.feature_extractor.fc6",
-    cls="roi_heads.box.predictor.cls_score",
-    reg="roi_heads.box.predictor.bbox_pred",
-    mask_conv=tuple(
-        (
-            f"roi_heads.mask.feature_extractor.mask_fcn{i}.0",
-            f"roi_heads.mask.feature_extractor.mask_fcn{i}.1",
-        )
-        for i in range(1, 5)
-    ),
-    deconv="roi_heads.mask.predictor.conv5_mask",
-    logits="roi_heads.mask.predictor.mask_fcn_logits",
-    background_first=True,
-)
-
-
 def mmdet_heads(version):
     """mmdetection's names; version 1 has no ``roi_head.`` and keeps the background first."""
     roi = "roi_head." if version > 1 else ""

@@ -16,7 +16,7 @@ from detectron2.solver import build_optimizer
 from torch import nn
 
 from wsbcn_d2 import BatchChannelNorm2d, EstimatedBatchNorm2d, WSConv2d, get_cfg
-from wsbcn_d2.checkpoint.catalog import CATALOG
+from wsbcn_d2.checkpoint.catalog.entries import CATALOG
 from wsbcn_d2.engine import lazy
 
 # Of each name there is one file for 1 and one for 2 images per GPU. Convolutions with a norm, as

@@ -14,9 +14,10 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from wsbcn_d2.data import DataError, register_nuclei
+from wsbcn_d2.data import DataError, default_root, register_nuclei
 from wsbcn_d2.data.mask_folders import prepare_mask_folders
 from wsbcn_d2.engine import UsageError, check_config, load_config
+from wsbcn_d2.files import locked
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "prepare_nuclei.py"
@@ -234,6 +235,17 @@ def test_a_zip_that_lies_or_is_damaged(tmp_path, monkeypatch):
     assert visible(tmp_path) == ["in.zip"]
 
 
+def test_what_a_killed_process_left_is_taken_over_and_a_living_one_is_not_disturbed(tmp_path):
+    source = in_folder(published()[0], tmp_path / "in")
+    in_folder({"train/old.png": b"x", "annotations/train.json": b"{"}, tmp_path / ".out.part")
+    with locked(tmp_path / ".out.part.lock"), pytest.raises(TimeoutError, match="another process"):
+        prepare_mask_folders(source, tmp_path / "out")
+    assert (tmp_path / ".out.part" / "train" / "old.png").is_file()
+    prepare_mask_folders(source, tmp_path / "out")
+    assert visible(tmp_path) == ["in", "out"]
+    assert not (tmp_path / "out" / "train" / "old.png").exists()
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_zip_with_one_file_twice(tmp_path):
     files, _ = published(2)
@@ -288,18 +300,19 @@ def test_the_tool(tmp_path, monkeypatch, capsys):
 def registered(tmp_path):
     register_nuclei(tmp_path)
     yield tmp_path
-    register_nuclei()
+    register_nuclei(default_root())
 
 
 def test_what_was_prepared_is_registered(registered):
+    register_nuclei()  # names that are taken are left alone
     cfg = load_config(str(ROOT / "configs" / "nuclei" / "mask_rcnn_R_18_FPN_gn_ws.yaml"))
     with pytest.raises(UsageError, match=r"absent: .*train\.json not found; get .*bbbc.*prepare_"):
         check_config(cfg)
     source = in_folder(published()[0], registered / "in")
     prepare_mask_folders(source, registered / "nuclei")
     check_config(cfg)
-    assert MetadataCatalog.get("nuclei_val").thing_classes == ["nucleus"]
     records = DatasetCatalog.get("nuclei_train")
+    assert MetadataCatalog.get("nuclei_train").thing_classes == ["nucleus"]
     assert len(records) == 4 and all(len(r["annotations"]) == 3 for r in records)
     assert all(Path(r["file_name"]).is_file() for r in records)
     assert {a["category_id"] for r in records for a in r["annotations"]} == {0}

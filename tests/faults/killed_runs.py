@@ -23,9 +23,9 @@ from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase
 
 from wsbcn_d2 import data
-from wsbcn_d2.checkpoint.atomic import PART_FILE
-from wsbcn_d2.checkpoint.reader import read_torch
+from wsbcn_d2.checkpoint.files.opening import read_file
 from wsbcn_d2.engine import trainer
+from wsbcn_d2.files import PART_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -190,7 +190,7 @@ def last_checkpoint(output):
     if not tag.exists():
         return None
     name = tag.read_text()
-    content = read_torch(str(Path(output) / name))
+    content = read_file(str(Path(output) / name)).data
     return name, digest(content["model"]), content["trainer"]["iteration"]
 
 
@@ -238,7 +238,7 @@ def main():
     report["exit_straight"] = finish(start(straight, False, *rarely))
     report["left"] = sorted(path.name for path in output.glob(".*"))
     for name, path in (("resumed", output), ("straight", straight)):
-        content = read_torch(str(path / "model_final.pth"))
+        content = read_file(str(path / "model_final.pth")).data
         momentum = content["trainer"]["_trainer"]["optimizer"]["state"]
         report[name] = {
             "model": digest(content["model"]),

@@ -9,7 +9,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from wsbcn_d2.checkpoint import CheckpointError, WSBCNCheckpointer
-from wsbcn_d2.checkpoint.atomic import PART_FILE, AtomicSaving, usable_checkpoints
+from wsbcn_d2.checkpoint.saving import AtomicSaving, usable_checkpoints
+from wsbcn_d2.files import PART_FILE
 
 
 class Plain(AtomicSaving, DetectionCheckpointer):

@@ -5,7 +5,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from wsbcn_d2.checkpoint.atomic import PART_FILE
+from wsbcn_d2.files import PART_FILE
 
 CONFIG = str(ROOT / "configs" / "shapes" / "mask_rcnn_R_18_FPN_bcn_ws.yaml")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from wsbcn_d2.checkpoint.atomic import PART_FILE
+from wsbcn_d2.files import PART_FILE
 
 pytestmark = pytest.mark.slow
 

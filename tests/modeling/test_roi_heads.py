@@ -1,5 +1,7 @@
 """The heads with WS: by config, by explicit arguments, on no boxes at all."""
 
+import functools
+
 import pytest
 import reference
 import torch
@@ -12,6 +14,7 @@ from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
 from wsbcn_d2 import (
+    BatchChannelNorm2d,
     EstimatedBatchNorm2d,
     WSConv2d,
     WSFastRCNNConvFCHead,
@@ -70,7 +73,8 @@ def test_the_function_is_the_stock_one_on_standardized_weights(
     ("kind", "arguments"), [(WSFastRCNNConvFCHead, BOX), (WSMaskRCNNConvUpsampleHead, MASK)]
 )
 def test_from_a_lazy_config(kind, arguments):
-    lazy = LazyCall(kind)(input_shape=SHAPE, **arguments, conv_norm="BCN", bcn_update_rate=0.5)
+    norm = functools.partial(BatchChannelNorm2d, update_rate=0.5)
+    lazy = LazyCall(kind)(input_shape=SHAPE, **arguments, conv_norm=norm)
     head = instantiate(lazy)
     assert len(standardized(head)) == 2
     rates = [m.momentum for m in head.modules() if isinstance(m, EstimatedBatchNorm2d)]

@@ -2,9 +2,13 @@
 
 import argparse
 import contextlib
+import ctypes
+import gc
 import math
+import os
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch.utils import benchmark
@@ -42,29 +46,58 @@ class Runner:
                     times[name].append(self.clock() - begin)
         return {name: measurement(name, seconds) for name, seconds in times.items()}
 
-    def peak_bytes(self, run: Run) -> int:
-        """Peak of the bytes that one run allocates and has not yet freed."""
+    def memory(self, run: Run) -> dict[str, int]:
+        """Bytes of tensors that one run allocates: at its ``peak``, and alive at :func:`halfway`.
+
+        ``process`` is by how much the process grows at its peak; Linux, without a GPU.
+        """
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
+            halfway.bytes = 0
             with self.autocast():
                 run()
             torch.cuda.synchronize()
-            return torch.cuda.max_memory_allocated() - before
+            peak = torch.cuda.max_memory_allocated() - before
+            return {"peak": peak, "kept": max(halfway.bytes - before, 0), "process": 0}
+        gc.collect()
+        measurable = os.access("/proc/self/clear_refs", os.W_OK)
+        if measurable:
+            ctypes.CDLL(None).malloc_trim(0)  # else it uses again what it has not given back
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+            resident = _status("VmRSS")
         activities = [torch.profiler.ProfilerActivity.CPU]
         with (
             torch.profiler.profile(activities=activities, profile_memory=True) as profile,
             self.autocast(),
         ):
             run()
-        events = profile.profiler.kineto_results.events()
-        changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-        live = peak = 0
-        for _, change in sorted(changes, key=lambda c: c[0]):
-            live += change
-            peak = max(peak, live)
-        return peak
+        process = _status("VmHWM") - resident if measurable else 0
+        live = peak = kept = 0
+        for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+            if event.name() == "[memory]":
+                live += event.nbytes()
+                peak = max(peak, live)
+            elif event.name() == _HALFWAY:
+                kept = live
+        return {"peak": peak, "kept": kept, "process": process}
+
+
+_HALFWAY = "after the forward pass"
+
+
+def halfway() -> None:
+    """Marks the moment in a run when what is alive is what is kept for backward."""
+    if torch.cuda.is_available():
+        halfway.bytes = torch.cuda.memory_allocated()
+    with torch.profiler.record_function(_HALFWAY):
+        pass
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def measurement(name: str, values: list[float]) -> benchmark.Measurement:

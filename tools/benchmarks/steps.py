@@ -1,5 +1,6 @@
 """Whole models of tools/benchmark.py: training steps, inference, watched channels."""
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +13,9 @@ from detectron2.utils.events import EventStorage
 from wsbcn_d2 import fold
 from wsbcn_d2.engine import ChannelMonitor, load_config
 from wsbcn_d2.layers import BatchChannelNorm2d, WSConv2d
+from wsbcn_d2.modeling.recomputation import recompute
 
-from .runner import Runner, milliseconds, ratio
+from .runner import Runner, halfway, milliseconds, ratio
 
 PERIOD, WINDOW = 100, 8  # of the monitor: tools/compare.py's period, the hook's own window
 
@@ -62,11 +64,13 @@ def training(cfg, model, args, images: int):
         group["lr"] = 1e-8
 
     def step():
-        optimizer.zero_grad(set_to_none=True)
+        torch.manual_seed(0)  # the same boxes for every variant
         with EventStorage():
             losses = sum(model(batch).values())
+        halfway()
         losses.backward()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # else what a step frees would hide what it takes
 
     return step
 
@@ -83,50 +87,55 @@ def _inference(model, args, images: int):
 
 def step_mode(runner: Runner, args) -> dict:
     """Training step and inference; the ratios are to the first config."""
-    names = [Path(path).stem for path in args.configs]
-    loaded = [load(path, args.device) for path in args.configs]
+    loaded = {Path(path).stem: load(path, args.device) for path in args.configs}
     if args.channels_last:
-        for _, model in loaded:
+        for _, model in loaded.values():
             model.to(memory_format=torch.channels_last)
+    variants = dict(loaded)
+    for name, (cfg, model) in loaded.items():
+        for patterns in args.recompute:
+            twin = recompute(copy.deepcopy(model), patterns)
+            variants[f"{name}, recomputed {' '.join(patterns)}"] = cfg, twin
     rows = []
     for images in args.images:
         runs = {
             name: training(cfg, model.train(), args, images)
-            for name, (cfg, model) in zip(names, loaded, strict=True)
+            for name, (cfg, model) in variants.items()
         }
         # Optimizer state exists after the first step and is not the step's own.
-        times = runner.rounds(runs)
-        peaks = {name: runner.peak_bytes(run) for name, run in runs.items()}
-        rows += _report("train", images, times, peaks)
-        models = {name: model.eval() for name, (_, model) in zip(names, loaded, strict=True)}
-        for name, (_, model) in zip(names, loaded, strict=True):
+        rows += _report(runner, "train", images, runs, runner.rounds(runs))
+        models = {name: model.eval() for name, (_, model) in loaded.items()}
+        for name, model in dict(models).items():
             if any(isinstance(m, (WSConv2d, BatchChannelNorm2d)) for m in model.modules()):
                 models[f"{name} folded"] = fold(model)
-        runs = {name: _inference(model, args, images) for name, model in models.items()}
-        times = runner.rounds(runs)
-        peaks = {name: runner.peak_bytes(run) for name, run in runs.items()}
-        rows += _report("infer", images, times, peaks)
+        if not args.recompute:  # which changes nothing here
+            runs = {name: _inference(model, args, images) for name, model in models.items()}
+            rows += _report(runner, "infer", images, runs, runner.rounds(runs))
     return {"mode": "step", "rows": rows}
 
 
-def _report(what: str, images: int, times: dict, peaks: dict) -> list[dict]:
+def _report(runner: Runner, what: str, images: int, runs: dict, times: dict) -> list[dict]:
     rows = []
     base = next(iter(times))
-    for name in times:
+    for name, run in runs.items():
+        memory = runner.memory(run)
         row = {
             "what": what,
             "images": images,
             "name": name,
             "ms": milliseconds(times[name]),
             "time": ratio(times[name], times[base]),
-            "peak bytes": peaks[name],
-            "peak": peaks[name] / peaks[base],
+            **{f"{key} bytes": value for key, value in memory.items()},
         }
+        first = rows[0] if rows else row
+        row["peak"] = row["peak bytes"] / first["peak bytes"]
+        row["kept"] = row["kept bytes"] / first["kept bytes"] if first["kept bytes"] > 0 else 0.0
         rows.append(row)
+        sizes = ", ".join(f"{key} {value / 2**20:.0f} MiB" for key, value in memory.items())
         print(
             f"{what:6} {images} image(s)  time {row['time']['ratio']:.3f}"
-            f"+-{row['time']['spread']:.3f}  peak {row['peak']:.3f}  "
-            f"({row['ms']:.0f} ms, {row['peak bytes'] / 2**20:.0f} MiB)  {name}",
+            f"+-{row['time']['spread']:.3f}  peak {row['peak']:.3f}  kept {row['kept']:.3f}  "
+            f"({row['ms']:.0f} ms, {sizes})  {name}",
             flush=True,
         )
     return rows

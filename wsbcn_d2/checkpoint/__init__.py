@@ -1,18 +1,17 @@
 """Pretrained checkpoints: convert, fetch, verify. See the functions' own documentation."""
 
-from .catalog import CATALOG
+from .catalog.entries import CATALOG
+from .catalog.fetching import fetch, register
 from .checkpointer import WSBCNCheckpointer
-from .convert import TARGETS, Options, convert, convert_file
+from .checks import LoadExpectation
+from .conversion import TARGETS, Options, convert, convert_file, write_checkpoint
 from .errors import CheckpointError
-from .fetch import fetch, register
-from .formats import FORMATS, detect_format
-from .imagenet import convert_imagenet, to_authors_names
+from .files.containers import read_checkpoint
+from .formats.imagenet import convert_imagenet
+from .formats.plain_bn import batch_norm_to_bcn
+from .formats.recognise import FORMATS, detect_format
 from .metadata import METADATA_KEY, Metadata
-from .plain_bn import batch_norm_to_bcn
-from .reader import read_checkpoint
 from .report import ConversionReport
-from .verify import LoadExpectation
-from .writer import write_checkpoint
 
 __all__ = [
     "CATALOG",
@@ -32,7 +31,6 @@ __all__ = [
     "detect_format",
     "fetch",
     "read_checkpoint",
-    "to_authors_names",
     "write_checkpoint",
 ]
 

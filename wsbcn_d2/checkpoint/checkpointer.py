@@ -1,25 +1,59 @@
 """Detectron2's checkpointer, without the silence."""
 
-from urllib.parse import parse_qs
+import os
+from urllib.parse import parse_qsl
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from fvcore.common.checkpoint import Checkpointer
 
-from .atomic import AtomicSaving
-from .errors import CheckpointError
+from ..layers import BatchChannelNorm2d
+from .catalog.entries import PREFIX
+from .catalog.fetching import read_entry
+from .checks import LoadExpectation, check_conventions, check_coverage
+from .errors import CheckpointError, NotAdmittedError
+from .files.containers import as_tensor, bare_names, unwrap
+from .files.opening import read_file
+from .files.pickles import Foreign
 from .metadata import METADATA_KEY, Metadata
 from .placement import place_backbone
-from .reader import read_file, unwrap
-from .verify import LoadExpectation, check_conventions, check_coverage
+from .saving import AtomicSaving
+
+_OPTIONS = ("insist", "matching_heuristics")
+
+
+def split_options(path: str) -> tuple[str, set[str]]:
+    """Separates a path from the options after it, ``path?insist=True&matching_heuristics=True``.
+
+    Args:
+        path: of a file (whose own name may hold a "?"), a URL or a catalog name.
+
+    Returns:
+        (path, names of the options that are set).
+
+    Raises:
+        CheckpointError: an unknown option.
+    """
+    name, mark, query = path.rpartition("?")
+    if not mark or os.path.isfile(path):
+        return path, set()
+    options = parse_qsl(query, keep_blank_values=True)
+    unknown = [key for key, value in options if key not in _OPTIONS]
+    if unknown or not options:
+        raise CheckpointError(
+            f"{path}: unknown query {', '.join(unknown) or query}; known are {', '.join(_OPTIONS)}"
+        )
+    return name, {key for key, value in options if value == "True"}
 
 
 class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
     """A `DetectionCheckpointer` that refuses weights which would not do what they are loaded for.
 
     Refused, before the model is touched: weights that leave a part of the backbone untouched, with
-    another kind of norm, or with another recorded WS formula. Different pixel statistics are
-    warned about. Files are read without running code from them; what it saves records the model's
-    conventions under ``wsbcn_d2``.
+    another kind of norm, or with another recorded WS formula; ``PATH?insist=True`` loads what fits
+    of them with a warning. Different pixel statistics and a presumed formula are warned about.
+    Files are read without running code from them; what it saves records the model's conventions
+    under ``wsbcn_d2``.
     """
 
     def __init__(
@@ -40,13 +74,13 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.expected = expected or LoadExpectation.from_model(self.model)
         self._path = ""
-        self._heuristics = False
+        self._options: set[str] = set()
 
     def load(self, path, *args, **kwargs):
         """Loads from a path, URL or catalog name.
 
         Args:
-            path: may end in ``?matching_heuristics=True``; empty for nothing.
+            path: may end in options, see `split_options`; empty for nothing.
 
         Returns:
             dict: what the file holds besides (see fvcore).
@@ -54,7 +88,10 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
         Raises:
             CheckpointError: see the class.
         """
-        return super().load(self._without_query(path), *args, **kwargs)
+        path = self._without_options(path)
+        if "?" in path and os.path.isfile(path):  # Detectron2 would cut it off
+            return Checkpointer.load(self, path, *args, **kwargs)
+        return super().load(path, *args, **kwargs)
 
     def check(self, path):
         """Goes as far as :meth:`load` without touching the model, which may be on "meta".
@@ -65,43 +102,44 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
         Raises:
             CheckpointError: what :meth:`load` would refuse.
         """
-        if path := self._without_query(path):
+        if path := self._without_options(path):
             self._accepted(self._load_file(self.path_manager.get_local_path(path)))
 
     def save(self, name, **kwargs):
         """As fvcore's, with the model's conventions recorded."""
-        kwargs.setdefault(METADATA_KEY, self.expected.metadata().as_dict())
+        metadata = self.expected.metadata().as_dict()
+        norms = [m for m in self.model.modules() if isinstance(m, BatchChannelNorm2d)]
+        if norms:  # MODEL.BCN.NUM_GROUPS, as it turned out
+            metadata["bcn_groups"] = sorted({norm.num_groups for norm in norms})
+        kwargs.setdefault(METADATA_KEY, metadata)
         super().save(name, **kwargs)
 
+    def _without_options(self, path):
+        path, self._options = split_options(os.fspath(path or ""))
+        self._path = path
+        return path
+
     def _load_file(self, filename):
-        data = read_file(filename)
-        if filename.endswith(".pyth"):  # pycls; as Detectron2, but without its unpickling
-            state = data.get("model_state")
-            if not isinstance(state, dict):
-                raise CheckpointError(f"{filename}: pycls checkpoints have a 'model_state'")
-            state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
-            return {"model": state, "__author__": "pycls", "matching_heuristics": True}
-        if "model" not in data and not filename.endswith(".pkl"):
-            data = {"model": unwrap(data).state if "state_dict" in data else data}
-        elif filename.endswith(".pkl") and not ("model" in data and "__author__" in data):
-            blobs = data.get("blobs", data)
-            data = {
-                "model": {k: v for k, v in blobs.items() if not k.endswith("_momentum")},
-                "__author__": "Caffe2",
-                "matching_heuristics": True,
-            }
-        if self._heuristics:
+        if self._path.startswith(PREFIX):
+            return read_entry(self._path.removeprefix(PREFIX), filename)
+        content = read_file(filename)
+        if content.foreign:
+            kinds = ", ".join(content.foreign[:4])
+            if self._resuming:
+                raise NotAdmittedError(f"{filename} holds {kinds}, which are not read")
+            self.logger.info(f"{filename}: objects left out: {kinds}")
+        data = {k: v for k, v in content.data.items() if not isinstance(v, Foreign)}
+        if "model" not in data:
+            try:
+                data = {"model": unwrap(content).state}
+            except CheckpointError as err:
+                raise CheckpointError(f"{filename}: {err}") from err
+            if "conv1_w" in data["model"]:
+                blobs = {k: v for k, v in data["model"].items() if not k.endswith("_momentum")}
+                data = {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
+        if "matching_heuristics" in self._options:
             data["matching_heuristics"] = True
         return data
-
-    def _without_query(self, path):
-        self._path = path = str(path or "")
-        path, mark, query = path.partition("?")
-        query = parse_qs(query) if mark else {}
-        self._heuristics = query.pop("matching_heuristics", ["False"]) == ["True"]
-        if query:
-            raise CheckpointError(f"{self._path}: unknown query {', '.join(query)}")
-        return path
 
     def _accepted(self, checkpoint):
         """The state dict to load, by the model's names; raises if it is not to be loaded."""
@@ -110,23 +148,26 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
             raise CheckpointError(f"{self._path}: holds no state dict")
         try:
             self._convert_ndarray_to_tensor(model)
-        except ValueError as err:
-            raise CheckpointError(f"{self._path}: {err}; is it a converted checkpoint?") from err
-        if any(name.startswith("module.") for name in model):
-            model = {name.removeprefix("module."): value for name, value in model.items()}
+            names = bare_names(list(model))
+            model = {names[name]: as_tensor(name, value) for name, value in model.items()}
+            recorded = checkpoint.get(METADATA_KEY)
+            recorded = None if recorded is None else Metadata.from_dict(recorded)
+        except (CheckpointError, ValueError, TypeError) as err:
+            text = " ".join(str(err).split())[:200]
+            raise CheckpointError(f"{self._path}: {text}; is it a converted checkpoint?") from err
         model = place_backbone(model, self.model.state_dict())
-        recorded = checkpoint.get(METADATA_KEY)
-        recorded = None if recorded is None else Metadata.from_dict(recorded)
-        for line in check_conventions(model, recorded, self.expected, self._path):
-            self.logger.warning(line)
+        insist = "insist" in self._options
+        warnings = check_conventions(model, recorded, self.expected, self._path, insist)
         # Matching by name is done here, not by the parent, to see the result before it is loaded.
         if checkpoint.pop("matching_heuristics", False):
-            model = align_and_update_state_dicts(
-                self.model.state_dict(),
-                model,
-                c2_conversion=checkpoint.get("__author__") == "Caffe2",
-            )
-        found, total = check_coverage(self.model, model, self._path)
+            caffe2 = checkpoint.get("__author__") == "Caffe2"
+            try:
+                model = align_and_update_state_dicts(self.model.state_dict(), model, caffe2)
+            except (AssertionError, ValueError, IndexError) as err:
+                raise CheckpointError(f"{self._path}: names that cannot be matched") from err
+        found, total = check_coverage(self.model, model, self._path, warnings if insist else None)
+        for line in warnings:
+            self.logger.warning(line)
         self.logger.info(f"{found} of the model's {total} parameters and buffers are in the file")
         return model
 

@@ -1,8 +1,12 @@
-"""The one error type of this subpackage."""
+"""The error type of this subpackage."""
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used as asked; the message is one line with the mend in it."""
+
+
+class NotAdmittedError(CheckpointError):
+    """A whole file with objects in it that are not read."""
 
 
 def shortened(names, limit=4):

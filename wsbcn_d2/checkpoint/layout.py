@@ -1,8 +1,8 @@
-"""What a ResNet or a FPN detector of a given kind must hold: names and shapes, by arithmetic.
+"""What a ResNet or a FPN detector of a given kind must hold: names and shapes.
 
-The tables are generated from the architecture's description, never read off the checkpoint that
-is being checked, so a missing, extra or transposed tensor is found before a model is built.
-Names are Detectron2's, without the ``backbone.bottom_up.`` prefix for backbones.
+They are those of Detectron2's own model, built on the meta device from what a few tensors tell of
+its size, so that a missing, extra or transposed tensor is found before anything is loaded. Names
+are Detectron2's, without the ``backbone.bottom_up.`` prefix for backbones.
 """
 
 import re
@@ -10,7 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling import build_backbone, build_proposal_generator, build_roi_heads
+from detectron2.modeling.backbone import build_resnet_backbone
+from torch import nn
 
+from ..layers import BatchChannelNorm2d
 from .errors import CheckpointError, shortened
 
 BOTTOM_UP = "backbone.bottom_up."
@@ -22,33 +28,7 @@ _DEPTHS = {  # (bottleneck?, blocks per stage) -> depth
     (True, (3, 4, 23, 3)): 101,
     (True, (3, 8, 36, 3)): 152,
 }
-_GROUPINGS = {  # shape[:2] of res2.0.conv2.weight -> (groups, width per group)
-    (64, 64): (1, 64),
-    (128, 128): (1, 128),
-    (128, 4): (32, 4),
-    (256, 8): (32, 8),
-    (256, 4): (64, 4),
-}
-# What a norm of each kind holds: suffix -> channels ("C"), groups ("G") or a scalar ("1").
-NORM_ENTRIES = {
-    "GN": {"weight": "C", "bias": "C"},
-    "BN": {
-        "weight": "C",
-        "bias": "C",
-        "running_mean": "C",
-        "running_var": "C",
-        "num_batches_tracked": "1",
-    },
-    "BCN": {
-        "weight": "G",
-        "bias": "G",
-        "bn.weight": "C",
-        "bn.bias": "C",
-        "bn.running_mean": "C",
-        "bn.running_var": "C",
-        "bn.num_batches_tracked": "1",
-    },
-}
+_GROUPINGS = {(1, 64), (1, 128), (32, 4), (32, 8), (64, 4)}  # groups, width per group
 # A counter that Detectron2's frozen norms do not keep; never a reason to refuse a file.
 OPTIONAL_SUFFIX = "num_batches_tracked"
 
@@ -77,59 +57,61 @@ class BackboneLayout:
 
     Attributes:
         depth: 18, 34, 50, 101 or 152.
-        blocks: blocks in res2..res5.
-        bottleneck: three convs per block instead of two.
         groups, width_per_group: as in ``MODEL.RESNETS``.
         norm: "GN", "BCN" or "BN".
         norm_groups: groups of the norm, from the group affine's length (BCN only; else 32).
+        deeplab: whether the stem is DeepLab's, of three convolutions.
     """
 
     depth: int
-    blocks: tuple[int, ...]
-    bottleneck: bool
     groups: int
     width_per_group: int
     norm: str
     norm_groups: int = 32
+    deeplab: bool = False
 
     @property
     def name(self) -> str:
         """Short name such as ``R-50`` or ``X-101-32x4d``."""
+        kind = " (DeepLab)" if self.deeplab else ""
         if self.groups == 1:
-            return f"R-{self.depth}"
-        return f"X-{self.depth}-{self.groups}x{self.width_per_group}d"
+            return f"R-{self.depth}{kind}"
+        return f"X-{self.depth}-{self.groups}x{self.width_per_group}d{kind}"
+
+    def config(self) -> CfgNode:
+        """Returns Detectron2's config of the ResNet with stock norms."""
+        cfg = get_cfg()
+        resnets = cfg.MODEL.RESNETS
+        resnets.DEPTH, resnets.NUM_GROUPS = self.depth, self.groups
+        resnets.WIDTH_PER_GROUP = self.width_per_group
+        resnets.NORM = "GN" if self.norm == "GN" else "BN"
+        resnets.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+        if self.depth < 50:
+            resnets.RES2_OUT_CHANNELS = 64
+        if self.deeplab:
+            resnets.STEM_OUT_CHANNELS = 128
+        cfg.MODEL.BACKBONE.FREEZE_AT = 0
+        return cfg
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns all names and shapes, ``num_batches_tracked`` included."""
-        table = {}
-        self._conv(table, "stem.conv1", 64, 3, 7)
-        channels = 64
-        for index, count in enumerate(self.blocks):
-            out = (256 if self.bottleneck else 64) * 2**index
-            width = self.groups * self.width_per_group * 2**index
-            for block in range(count):
-                name = f"res{index + 2}.{block}"
-                if self.bottleneck:
-                    self._conv(table, f"{name}.conv1", width, channels, 1)
-                    self._conv(table, f"{name}.conv2", width, width // self.groups, 3)
-                    self._conv(table, f"{name}.conv3", out, width, 1)
-                else:
-                    self._conv(table, f"{name}.conv1", out, channels, 3)
-                    self._conv(table, f"{name}.conv2", out, out, 3)
-                if channels != out:
-                    self._conv(table, f"{name}.shortcut", out, channels, 1)
-                channels = out
-        return table
-
-    def _conv(self, table, name, out, inputs, kernel):
-        table[f"{name}.weight"] = (out, inputs, kernel, kernel)
-        table.update(norm_shapes(f"{name}.norm", self.norm, out, self.norm_groups))
+        cfg = self.config()
+        with torch.device("meta"):
+            model = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+            if self.deeplab:
+                norm = cfg.MODEL.RESNETS.NORM
+                for number, (inputs, out) in enumerate(((3, 64), (64, 64), (64, 128)), 1):
+                    conv = Conv2d(inputs, out, 3, bias=False, norm=get_norm(norm, out))
+                    setattr(model.stem, f"conv{number}", conv)
+            if self.norm == "BCN":
+                for conv in [m for m in model.modules() if isinstance(m, Conv2d)]:
+                    channels = conv.norm.num_features
+                    conv.norm = BatchChannelNorm2d(channels, self.norm_groups)
+        return _shapes(model)
 
 
-def norm_shapes(name: str, kind: str, channels: int, groups: int = 32) -> dict[str, tuple]:
-    """Returns the names and shapes of one norm of a kind (a key of ``NORM_ENTRIES``)."""
-    sizes = {"C": (channels,), "G": (groups,), "1": ()}
-    return {f"{name}.{suffix}": sizes[what] for suffix, what in NORM_ENTRIES[kind].items()}
+def _shapes(model: nn.Module, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    return {prefix + name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def infer_backbone(state: Mapping[str, torch.Tensor]) -> BackboneLayout:
@@ -160,15 +142,18 @@ def infer_backbone(state: Mapping[str, torch.Tensor]) -> BackboneLayout:
     grouping = (1, 64)
     if bottleneck:
         conv2 = state.get("res2.0.conv2.weight")
-        shape = None if conv2 is None else tuple(conv2.shape)
-        grouping = _GROUPINGS.get(shape[:2]) if shape else None
-        if grouping is None:
+        shape = () if conv2 is None else tuple(conv2.shape)
+        if len(shape) == 4 and shape[1]:
+            grouping = shape[0] // shape[1], shape[1] if shape[0] > shape[1] else shape[0]
+        if len(shape) != 4 or grouping not in _GROUPINGS:
             raise CheckpointError(
                 f"res2.0.conv2.weight has shape {shape}, which no known ResNet or ResNeXt has"
             )
     affine = state.get("stem.conv1.norm.weight")
     groups = affine.numel() if kind == "BCN" and affine is not None else 32
-    return BackboneLayout(depth, counts, bottleneck, *grouping, kind, groups)
+    if kind == "BCN" and (not groups or 64 % groups):
+        raise CheckpointError(f"BCN with {groups} groups, which do not divide 64 channels")
+    return BackboneLayout(depth, *grouping, kind, groups, "stem.conv3.weight" in state)
 
 
 def check_shapes(state: Mapping[str, torch.Tensor], expected: Mapping[str, tuple]) -> None:
@@ -225,10 +210,10 @@ def split_backbone(names) -> tuple[str, dict[str, str]]:
 
 
 def detector_shapes(rest: Mapping[str, torch.Tensor], layout: BackboneLayout) -> dict[str, tuple]:
-    """Names and shapes of FPN, RPN, 4conv1fc box head and mask head of a two-stage detector.
+    """Names and shapes of FPN, RPN, box head and mask head of a two-stage detector.
 
     Widths that a configuration may choose (FPN channels, fc size, classes, anchors) are taken
-    from one tensor each and everything else follows from them.
+    from one tensor each; everything else is Detectron2's.
 
     Args:
         rest: a detector's parameters without the ResNet, Detectron2 names.
@@ -238,56 +223,57 @@ def detector_shapes(rest: Mapping[str, torch.Tensor], layout: BackboneLayout) ->
         names -> shapes.
 
     Raises:
-        CheckpointError: one of the tensors that fix the widths is missing.
+        CheckpointError: one of the tensors that fix the widths is missing or has no such shape.
     """
 
     def size(name, dim=0):
         if name not in rest:
             raise CheckpointError(f"the detector has no {name}")
+        if rest[name].dim() <= dim or not rest[name].numel():
+            raise CheckpointError(f"{name} has shape {tuple(rest[name].shape)}: not a detector's")
         return rest[name].shape[dim]
 
-    table, box, roi = {}, "roi_heads.box_head.", "roi_heads."
-    kind = norm_kind(rest)
-
-    def conv(name, out, inputs, kernel, norm=kind):
-        table[f"{name}.weight"] = (out, inputs, kernel, kernel)
-        table.update(norm_shapes(f"{name}.norm", norm, out) if norm else {f"{name}.bias": (out,)})
-
-    fpn = size("backbone.fpn_lateral2.weight")
-    for stage in (2, 3, 4, 5):
-        bottom = (256 if layout.bottleneck else 64) * 2 ** (stage - 2)
-        conv(f"backbone.fpn_lateral{stage}", fpn, bottom, 1)
-        conv(f"backbone.fpn_output{stage}", fpn, fpn, 3)
-    anchors = size("proposal_generator.rpn_head.objectness_logits.weight")
-    conv("proposal_generator.rpn_head.conv", fpn, fpn, 3, None)
-    conv("proposal_generator.rpn_head.objectness_logits", anchors, fpn, 1, None)
-    conv("proposal_generator.rpn_head.anchor_deltas", 4 * anchors, fpn, 1, None)
-
     def count(stem):
-        pattern = re.compile(re.escape(roi + stem) + r"\d+\.weight")
+        pattern = re.compile(re.escape(f"roi_heads.{stem}") + r"\d+\.weight")
         return sum(pattern.fullmatch(name) is not None for name in rest)
 
-    channels = fpn
-    for index in range(count("box_head.conv")):
-        out = size(f"{box}conv{index + 1}.weight")
-        conv(f"{box}conv{index + 1}", out, channels, 3)
-        channels = out
-    channels *= 49
-    for index in range(count("box_head.fc")):
-        out = size(f"{box}fc{index + 1}.weight")
-        table[f"{box}fc{index + 1}.weight"] = (out, channels)
-        table[f"{box}fc{index + 1}.bias"] = (out,)
-        channels = out
-    classes = size(f"{roi}box_predictor.cls_score.weight") - 1
-    boxes = size(f"{roi}box_predictor.bbox_pred.weight")
-    boxes = 4 if boxes == 4 else 4 * classes  # 4: class-agnostic
-    for name, out in (("cls_score", classes + 1), ("bbox_pred", boxes)):
-        table[f"{roi}box_predictor.{name}.weight"] = (out, channels)
-        table[f"{roi}box_predictor.{name}.bias"] = (out,)
-    if any(name.startswith("roi_heads.mask_head.") for name in rest):
-        width = size(f"{roi}mask_head.deconv.weight", 1)
-        for index in range(count("mask_head.mask_fcn")):
-            conv(f"{roi}mask_head.mask_fcn{index + 1}", width, width if index else fpn, 3)
-        conv(f"{roi}mask_head.deconv", width, width, 2, None)
-        conv(f"{roi}mask_head.predictor", classes, width, 1, None)
-    return table
+    cfg = layout.config()
+    model = cfg.MODEL
+    model.BACKBONE.NAME, model.PROPOSAL_GENERATOR.NAME = "build_resnet_fpn_backbone", "RPN"
+    model.FPN.IN_FEATURES = model.RESNETS.OUT_FEATURES
+    model.FPN.OUT_CHANNELS = size("backbone.fpn_lateral2.weight")
+    model.RPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    anchors = size("proposal_generator.rpn_head.objectness_logits.weight")
+    model.ANCHOR_GENERATOR.SIZES = [[32], [64], [128], [256], [512]]
+    model.ANCHOR_GENERATOR.ASPECT_RATIOS = [[1.0] * anchors]
+    model.ROI_HEADS.NAME, model.ROI_HEADS.IN_FEATURES = "StandardROIHeads", ["p2", "p3", "p4", "p5"]
+    classes = size("roi_heads.box_predictor.cls_score.weight") - 1
+    model.ROI_HEADS.NUM_CLASSES = classes
+
+    def norm(part):
+        return norm_kind(name for name in rest if part in name) or ""
+
+    model.FPN.NORM = norm("fpn_")
+    box, mask = model.ROI_BOX_HEAD, model.ROI_MASK_HEAD
+    box.NAME, box.POOLER_RESOLUTION, box.NORM = "FastRCNNConvFCHead", 7, norm("box_head")
+    box.NUM_CONV, box.NUM_FC = count("box_head.conv"), count("box_head.fc")
+    if not box.NUM_CONV + box.NUM_FC or classes < 1:
+        raise CheckpointError("the detector has no box head or no classes")
+    for number, key in ((box.NUM_CONV, "conv"), (box.NUM_FC, "fc")):
+        if number:
+            box[f"{key.upper()}_DIM"] = size(f"roi_heads.box_head.{key}1.weight")
+    box.CLS_AGNOSTIC_BBOX_REG = size("roi_heads.box_predictor.bbox_pred.weight") == 4
+    model.MASK_ON = any(name.startswith("roi_heads.mask_head.") for name in rest)
+    if model.MASK_ON:
+        mask.NAME, mask.POOLER_RESOLUTION = "MaskRCNNConvUpsampleHead", 14
+        mask.NORM = norm("mask_head")
+        mask.NUM_CONV = count("mask_head.mask_fcn")
+        mask.CONV_DIM = size("roi_heads.mask_head.deconv.weight", 1)
+        mask.CLS_AGNOSTIC_MASK = size("roi_heads.mask_head.predictor.weight") == 1
+    with torch.device("meta"):
+        backbone = build_backbone(cfg)
+        levels = backbone.output_shape()
+        shapes = _shapes(backbone, "backbone.")
+        shapes |= _shapes(build_proposal_generator(cfg, levels), "proposal_generator.")
+        shapes |= _shapes(build_roi_heads(cfg, levels), "roi_heads.")
+    return {n: shape for n, shape in shapes.items() if not n.startswith(BOTTOM_UP)}

@@ -1,5 +1,6 @@
 """What a checkpoint says about itself: the ``wsbcn_d2`` entry beside ``model``."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 
 from .errors import CheckpointError
@@ -27,6 +28,26 @@ class Pixels:
 IMAGENET_RGB = Pixels("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 DETECTRON2_BGR = Pixels("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0))
 DETECTRON_BGR = Pixels("BGR", (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0))
+
+
+def _is_text(value):
+    return isinstance(value, str)
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _are_numbers(value):
+    return isinstance(value, tuple) and len(value) == 3 and all(map(_is_number, value))
+
+
+_VALID = {
+    "ws_eps": _is_number,
+    "pixel_mean": _are_numbers,
+    "pixel_std": _are_numbers,
+    "presumed": lambda value: isinstance(value, tuple) and all(map(_is_text, value)),
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +90,7 @@ class Metadata:
         """Reads what `as_dict` wrote; unknown entries (a later version's) are ignored.
 
         Raises:
-            CheckpointError: not a dict, or an unknown WS formula.
+            CheckpointError: not a dict, a value of a wrong kind, or an unknown WS formula.
         """
         if not isinstance(data, dict):
             raise CheckpointError(f"the {METADATA_KEY!r} entry is {type(data).__name__}, no dict")
@@ -79,6 +100,9 @@ class Metadata:
             for key, value in data.items()
             if key in known
         }
+        for key, value in values.items():
+            if value is not None and not _VALID.get(key, _is_text)(value):
+                raise CheckpointError(f"recorded {key} is {str(value)[:40]!r}, which is none")
         formula = values.get("ws_formula")
         if formula is not None and formula not in FORMULAS + OTHER_KINDS:
             raise CheckpointError(

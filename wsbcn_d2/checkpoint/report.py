@@ -82,9 +82,8 @@ class ConversionReport:
                 f'MODEL.ROI_MASK_HEAD.NAME: "{ws}MaskRCNNConvUpsampleHead"',
                 f'MODEL.ROI_MASK_HEAD.NORM: "{norm}"',
             ]
-        if self.format in ("mrb", "mmdet"):
-            family = "authors" if self.format == "mrb" else "mmdet"
-            lines.append(f"(the rest: configs/published/Base-{family}-GN-WS.yaml)")
+        if self.format == "mmdet":
+            lines.append("(the rest: configs/published/Base-mmdet-GN-WS.yaml)")
         return lines
 
     def lines(self) -> list[str]:

@@ -6,8 +6,10 @@ from .classification import (
     classification_test_loader,
     register_classification,
 )
+from .coco import classes_of, register_coco_sets
 from .errors import ClassificationDataError, DataError
 from .nuclei import register_nuclei
+from .picture_range import RangeMapper, read_picture
 from .shapes import (
     CLASSES,
     GENERATOR_VERSION,
@@ -29,13 +31,17 @@ __all__ = [
     "DataError",
     "GENERATOR_VERSION",
     "Instance",
+    "RangeMapper",
     "ShapesDataError",
     "ShapesSpec",
     "classification_mapper",
     "classification_test_loader",
+    "classes_of",
     "default_root",
     "ensure_shapes",
+    "read_picture",
     "register_classification",
+    "register_coco_sets",
     "register_nuclei",
     "register_shapes",
     "register_shapes_split",

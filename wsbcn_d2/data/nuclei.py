@@ -4,9 +4,12 @@ The set is stage1_train of the 2018 Data Science Bowl (BBBC038v1, Broad Institut
 """
 
 import os
+from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+
+from .shapes import default_root
 
 __all__ = ["NUCLEI_SOURCE", "register_nuclei"]
 
@@ -20,23 +23,25 @@ def register_nuclei(root: str | os.PathLike | None = None) -> None:
     in ``nuclei/{train,val}``. Masks are RLE: configs need ``INPUT.MASK_FORMAT: "bitmask"``.
 
     Args:
-        root: folder that holds data sets; ``$DETECTRON2_DATASETS`` as it is now, or
-            ``./datasets``, by default. Another root than last time replaces the registration.
+        root: folder that holds data sets, and replaces what is registered under these names. By
+            default ``$DETECTRON2_DATASETS`` or ``./datasets``, and names that are taken are left
+            alone.
     """
-    root = os.getenv("DETECTRON2_DATASETS", "datasets") if root is None else os.fspath(root)
-    folder = os.path.join(os.path.expanduser(root), "nuclei")
+    replace = root is not None
+    folder = (default_root() if root is None else Path(root)) / "nuclei"
     for split in ("train", "val"):
         name = f"nuclei_{split}"
         if name in DatasetCatalog.list():
+            if not replace:
+                continue
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
         register_coco_instances(
             name,
             {
-                "thing_classes": ["nucleus"],
                 "how_to_get": f"get stage1_train.zip (CC0) from {NUCLEI_SOURCE}, run "
                 "tools/prepare_nuclei.py stage1_train.zip",
             },
-            os.path.join(folder, "annotations", f"{split}.json"),
-            os.path.join(folder, split),
+            str(folder / "annotations" / f"{split}.json"),
+            str(folder / split),
         )

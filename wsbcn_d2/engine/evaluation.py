@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -24,24 +25,38 @@ __all__ = ["TopKEvaluator", "build_evaluator"]
 _MISSED = 1 << 30  # a rank beyond every k
 
 
-def _coco_evaluator(name: str, folder: str) -> DatasetEvaluator:
-    return COCOEvaluator(name, output_dir=folder, use_fast_impl=has_compiled_ops())
+class _COCOEvaluator(COCOEvaluator):
+    """Leaves out objects of classes that the data set does not have, where Detectron2 stops."""
+
+    def process(self, inputs, outputs):
+        known = len(self._metadata.thing_classes)
+        for output in outputs:
+            found = output.get("instances")
+            if found is not None and found.has("pred_classes"):
+                output["instances"] = found[found.pred_classes < known]
+        super().process(inputs, outputs)
 
 
-# evaluator_type -> factories (dataset name, output folder) -> evaluator
+def _coco_evaluator(name: str, folder: str, sigmas: Sequence[float]) -> DatasetEvaluator:
+    return _COCOEvaluator(
+        name, output_dir=folder, use_fast_impl=has_compiled_ops(), kpt_oks_sigmas=sigmas
+    )
+
+
+# evaluator_type -> factories (dataset name, output folder, keypoints' sigmas) -> evaluator
 _EVALUATORS = {
     "coco": [_coco_evaluator],
-    "sem_seg": [lambda name, folder: SemSegEvaluator(name, output_dir=folder)],
+    "sem_seg": [lambda name, folder, _: SemSegEvaluator(name, output_dir=folder)],
     "coco_panoptic_seg": [
-        lambda name, folder: SemSegEvaluator(name, output_dir=folder),
+        lambda name, folder, _: SemSegEvaluator(name, output_dir=folder),
         _coco_evaluator,
-        lambda name, folder: COCOPanopticEvaluator(name, folder),
+        lambda name, folder, _: COCOPanopticEvaluator(name, folder),
     ],
-    "cityscapes_instance": [lambda name, folder: CityscapesInstanceEvaluator(name)],
-    "cityscapes_sem_seg": [lambda name, folder: CityscapesSemSegEvaluator(name)],
-    "pascal_voc": [lambda name, folder: PascalVOCDetectionEvaluator(name)],
-    "classification": [lambda name, folder: TopKEvaluator(name)],
-    "lvis": [lambda name, folder: LVISEvaluator(name, output_dir=folder)],
+    "cityscapes_instance": [lambda name, folder, _: CityscapesInstanceEvaluator(name)],
+    "cityscapes_sem_seg": [lambda name, folder, _: CityscapesSemSegEvaluator(name)],
+    "pascal_voc": [lambda name, folder, _: PascalVOCDetectionEvaluator(name)],
+    "classification": [lambda name, folder, _: TopKEvaluator(name)],
+    "lvis": [lambda name, folder, _: LVISEvaluator(name, output_dir=folder)],
 }
 
 
@@ -61,7 +76,7 @@ def build_evaluator(
     """The evaluator(s) that Detectron2's ``tools/train_net.py`` uses for a dataset.
 
     Args:
-        cfg: for ``OUTPUT_DIR``; None where ``output_folder`` is given.
+        cfg: for ``OUTPUT_DIR`` and ``TEST.KEYPOINT_OKS_SIGMAS``; None with an output folder.
         dataset_name: a registered dataset.
         output_folder: where results are written; default ``OUTPUT_DIR/inference``.
 
@@ -72,13 +87,14 @@ def build_evaluator(
         ValueError: if no evaluator is known for the dataset's ``evaluator_type``.
     """
     folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+    sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS if cfg is not None else ()
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if kind not in _EVALUATORS:
         raise ValueError(
             f"dataset {dataset_name!r} has the evaluator_type {kind!r}: set its metadata to one "
             f"of {', '.join(_EVALUATORS)}"
         )
-    evaluators = [factory(dataset_name, folder) for factory in _EVALUATORS[kind]]
+    evaluators = [factory(dataset_name, folder, sigmas) for factory in _EVALUATORS[kind]]
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
 
 

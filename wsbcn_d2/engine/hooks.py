@@ -7,7 +7,7 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from torch import nn
 
-from ..layers import DEFAULT_UPDATE_RATE, EstimatedBatchNorm2d, set_update_rate
+from ..layers import EstimatedBatchNorm2d, set_update_rate
 from .sync import EstimateSynchronizer
 
 __all__ = ["EstimateSync", "ResumedSchedule", "UpdateRateSchedule"]
@@ -22,10 +22,10 @@ def _estimated_norms(model: nn.Module) -> list[EstimatedBatchNorm2d]:
 class UpdateRateSchedule(HookBase):
     """Set the update rate of all running estimates of ``trainer.model`` before each step."""
 
-    def __init__(self, update_rate: float = DEFAULT_UPDATE_RATE, schedule: str = "constant"):
+    def __init__(self, update_rate: float | None = None, schedule: str = "constant"):
         """
         Args:
-            update_rate: base rate r in [0, 1].
+            update_rate: base rate r in [0, 1]; None for what the model's norms have.
             schedule: ``"constant"``: r at every step; ``"lr"``: r times the learning rate's
                 current factor, lr / base lr of the first parameter group, at most 1.
 
@@ -37,7 +37,8 @@ class UpdateRateSchedule(HookBase):
                 f"unknown MODEL.BCN.UPDATE_RATE_SCHEDULE {schedule!r}: use one of "
                 + ", ".join(SCHEDULES)
             )
-        set_update_rate(nn.Identity(), update_rate)  # nothing to set: only the range check
+        if update_rate is not None:
+            set_update_rate(nn.Identity(), update_rate)  # nothing to set: only the range check
         self._rate = update_rate
         self._schedule = schedule
         self._norms: list[EstimatedBatchNorm2d] = []
@@ -45,6 +46,8 @@ class UpdateRateSchedule(HookBase):
     def before_train(self):
         self._norms = _estimated_norms(self.trainer.model)
         if self._norms:
+            if self._rate is None:
+                self._rate = self._norms[0].momentum
             logging.getLogger(__name__).info(
                 f"Running estimates of {len(self._norms)} norms: update rate {self._rate:g}, "
                 f"schedule {self._schedule}"

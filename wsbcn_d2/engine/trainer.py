@@ -9,73 +9,36 @@ from argparse import Namespace
 from collections import OrderedDict
 from unittest import mock
 
-import torch
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import (
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, defaults, hooks
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from torch import nn
 
-from ..checkpoint import CheckpointError, LoadExpectation, WSBCNCheckpointer
+from ..checkpoint import CheckpointError, WSBCNCheckpointer
 from ..config import load_config
-from ..data import classification_mapper, classification_test_loader
-from ..layers import skip_first_batch_init
+from ..data import (
+    classification_test_loader,
+    register_coco_sets,
+)
 from ..modeling.recomputation import recompute
 from .accumulate import accumulate
 from .evaluation import build_evaluator
-from .hooks import EstimateSync, ResumedSchedule, UpdateRateSchedule
-from .monitor import ChannelMonitor
+from .from_config import (
+    build_mapper,
+    estimate_hooks,
+    expectation,
+    resumed_schedule,
+    schedule_by_epochs,
+)
 from .processes import set_up_process
 
-__all__ = ["Trainer", "estimate_hooks", "resumed_schedule", "train_net"]
-
-
-def estimate_hooks(
-    rate: float, schedule: str = "constant", sync: bool = True, monitor_period: int = 0
-) -> list[HookBase]:
-    """The hooks that look after running estimates, from a YAML or a Python config's options.
-
-    Args:
-        rate, schedule: ``MODEL.BCN.UPDATE_RATE`` and ``UPDATE_RATE_SCHEDULE``.
-        sync: ``MODEL.BCN.SYNC_ESTIMATES``.
-        monitor_period: ``MODEL.BCN.MONITOR_PERIOD``.
-
-    Raises:
-        ValueError: for a rate, schedule or period that there is none of.
-    """
-    result: list[HookBase] = [UpdateRateSchedule(rate, schedule)]
-    if sync:
-        result.append(EstimateSync())
-    if monitor_period:
-        result.append(ChannelMonitor(monitor_period))
-    return result
-
-
-_OPTIONS = (
-    *("BASE_LR", "BIAS_LR_FACTOR", "MOMENTUM", "NESTEROV"),
-    *("WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_BIAS"),
-)
-_LENGTHS = (
-    *("IMS_PER_BATCH", "LR_SCHEDULER_NAME", "STEPS", "GAMMA", "MAX_ITER"),
-    *("WARMUP_FACTOR", "WARMUP_ITERS", "WARMUP_METHOD"),
-)
-
-
-def resumed_schedule(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> ResumedSchedule:
-    """The hook that compares a config's schedule with the checkpoint's.
-
-    Raises:
-        ValueError: for an unknown ``SOLVER.ON_RESUME``.
-    """
-
-    def values(names):
-        found = {f"SOLVER.{name}": cfg.SOLVER[name] for name in names}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
-
-    take = cfg.SOLVER.ON_RESUME
-    return ResumedSchedule(optimizer, values(_OPTIONS), values(_LENGTHS), take=take)
+__all__ = ["Trainer", "train_net"]
 
 
 def _ddp_for(device: str):
@@ -95,6 +58,8 @@ class Trainer(DefaultTrainer):
         Args:
             cfg: a config with the keys of :func:`wsbcn_d2.add_wsbcn_config`.
         """
+        register_coco_sets(cfg.DATASETS.COCO_SETS)  # where the config was not read by load_config
+        cfg = schedule_by_epochs(cfg)
         with _ddp_for(cfg.MODEL.DEVICE):
             super().__init__(cfg)
         accumulate(self._trainer, cfg.SOLVER.ACCUMULATE)
@@ -102,20 +67,22 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Detectron2's model, its running estimates and recomputation as the config says."""
-        model = recompute(super().build_model(cfg), cfg.MODEL.RECOMPUTE)
-        return model if cfg.MODEL.BCN.FIRST_BATCH_INIT else skip_first_batch_init(model)
+        return recompute(super().build_model(cfg), cfg.MODEL.RECOMPUTE)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        """Detectron2's loader; classification data sets are mapped by ``ClassificationMapper``."""
-        mapper = classification_mapper(cfg, cfg.DATASETS.TRAIN, is_train=True)
+        """Detectron2's loader, on :func:`build_mapper`."""
+        mapper = build_mapper(cfg, cfg.DATASETS.TRAIN, is_train=True)
         return build_detection_train_loader(cfg, mapper=mapper)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         """Detectron2's loader, or :func:`wsbcn_d2.data.classification_test_loader`."""
         loader = classification_test_loader(cfg, dataset_name)
-        return build_detection_test_loader(cfg, dataset_name) if loader is None else loader
+        if loader is None:
+            mapper = build_mapper(cfg, [dataset_name], is_train=False)
+            loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        return loader
 
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, and this project's right after the learning-rate scheduler.
@@ -126,12 +93,12 @@ class Trainer(DefaultTrainer):
         self.checkpointer = WSBCNCheckpointer(
             self.model,
             self.cfg.OUTPUT_DIR,
-            expected=LoadExpectation.from_cfg(self.cfg),
+            expected=expectation(self.cfg, getattr(self.model, "module", self.model)),
             trainer=weakref.proxy(self),
         )
         bcn = self.cfg.MODEL.BCN
         ours = estimate_hooks(
-            bcn.UPDATE_RATE, bcn.UPDATE_RATE_SCHEDULE, bcn.SYNC_ESTIMATES, bcn.MONITOR_PERIOD
+            None, bcn.UPDATE_RATE_SCHEDULE, bcn.SYNC_ESTIMATES, bcn.MONITOR_PERIOD
         )
         result = super().build_hooks()
         after = next(i for i, hook in enumerate(result) if isinstance(hook, hooks.LRScheduler))
@@ -207,7 +174,7 @@ def train_net(args: Namespace) -> OrderedDict | None:
     set_up_process(cfg, args, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        expected = LoadExpectation.from_cfg(cfg)
+        expected = expectation(cfg, model)
         WSBCNCheckpointer(model, cfg.OUTPUT_DIR, expected=expected).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )

@@ -8,7 +8,7 @@ from .estimated_batch_norm import (
     skip_first_batch_init,
     update_estimates,
 )
-from .registry import NORM_REGISTRY, register_norms, unregister_norms
+from .registry import NORM_REGISTRY, bcn_groups, rebind, register_norms, unregister_norms
 from .reparametrized_conv import standardize_once
 from .weight_normalization import WS_KINDS, CWNConv2d, WNConv2d, convert_convs, normalize_weight
 from .weight_standardization import WS_FORMULAS, WSConv2d, standardize_weight
@@ -23,9 +23,11 @@ __all__ = [
     "EstimatedBatchNorm2d",
     "WNConv2d",
     "WSConv2d",
+    "bcn_groups",
     "channel_norm",
     "convert_convs",
     "normalize_weight",
+    "rebind",
     "register_norms",
     "set_update_rate",
     "skip_first_batch_init",

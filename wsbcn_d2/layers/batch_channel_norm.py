@@ -21,7 +21,9 @@ from .kernels.autograd import fused_bcn
 from .kernels.dispatch import backend_name, bcn_backend
 from .recomputation import recalled, remember, repeats
 
-__all__ = ["BatchChannelNorm2d", "channel_norm"]
+__all__ = ["DEFAULT_GROUPS", "BatchChannelNorm2d", "channel_norm"]
+
+DEFAULT_GROUPS = 32
 
 
 # Those that a user registers for all modules; each dictionary is changed in place.
@@ -91,7 +93,7 @@ class BatchChannelNorm2d(nn.GroupNorm):
     def __init__(
         self,
         num_channels: int,
-        num_groups: int = 32,
+        num_groups: int | str = DEFAULT_GROUPS,
         eps: float = 1e-5,
         statistics: str = "estimated",
         update_rate: float = DEFAULT_UPDATE_RATE,
@@ -99,7 +101,7 @@ class BatchChannelNorm2d(nn.GroupNorm):
         """
         Args:
             num_channels: C, a positive multiple of ``num_groups``.
-            num_groups: G.
+            num_groups: G; ``"auto"`` for the largest divisor of C up to 32.
             eps: stabilizer of both halves.
             statistics: what the batch half normalizes with in training: ``"estimated"`` (running
                 estimates: the micro-batch form), ``"batch"`` (the batch's own moments) or
@@ -109,6 +111,10 @@ class BatchChannelNorm2d(nn.GroupNorm):
         Raises:
             ValueError: for an argument out of its range.
         """
+        if num_groups == "auto":
+            num_groups = max(g for g in range(1, 33) if num_channels % g == 0)
+        if not isinstance(num_groups, int):
+            raise ValueError(f"unknown number of groups {num_groups!r}: a number, or 'auto'")
         if num_groups < 1 or num_channels < 1 or num_channels % num_groups:
             raise ValueError(
                 f"BCN cannot split {num_channels} channels into {num_groups} groups: the number "
@@ -177,8 +183,9 @@ class BatchChannelNorm2d(nn.GroupNorm):
         bn = self.bn
         if not _constant(bn):
             return None
-        tensors = (self.weight, self.bias, bn.weight, bn.bias)
-        mean, var, count = bn.running_mean, bn.running_var, getattr(bn, "num_batches_tracked", None)
+        tensors = [_tensor(m, name) for m in (self, bn) for name in ("weight", "bias")]
+        mean, var = _tensor(bn, "running_mean"), _tensor(bn, "running_var")
+        count = _tensor(bn, "num_batches_tracked")
         backend = bcn_backend(x, *tensors, mean, var, count)
         if backend is None:
             return None
@@ -203,6 +210,14 @@ class BatchChannelNorm2d(nn.GroupNorm):
             f"{self.num_channels}, num_groups={self.num_groups}, eps={self.eps:g}, "
             f"statistics={self.statistics}, fused={backend_name(self.weight)}"
         )
+
+
+def _tensor(module: nn.Module, name: str) -> torch.Tensor | None:
+    # As getattr(module, name, None), which takes a microsecond for what no __dict__ has.
+    for place in (module._parameters, module._buffers):
+        if name in place:
+            return place[name]
+    return getattr(module, name, None)
 
 
 def _constant(bn: nn.Module) -> bool:

@@ -117,7 +117,6 @@ def remember(bn: nn.Module, x: torch.Tensor) -> None:
     bn.__dict__["_runs"] = runs
 
 
-@torch.no_grad()
 def recalled(bn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The estimates that the first run of a repeated forward used.
 
@@ -129,10 +128,12 @@ def recalled(bn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
         (mean, var), each of shape (C,); None if this is no repetition. For an input that no kept
         run had, the present estimates.
     """
-    kept = bn.__dict__.get("_runs")
-    if not kept or not repeats():
-        return None
-    runs = [r for r in kept if r.key.device == x.device]
+    return _recall(bn, x) if repeats() else None
+
+
+@torch.no_grad()
+def _recall(bn: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    runs = [r for r in bn.__dict__.get("_runs", ()) if r.key.device == x.device]
     if not runs:
         return None
     if bn.__dict__.get("_lost") == _version(bn):

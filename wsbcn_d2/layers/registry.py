@@ -5,18 +5,20 @@ Modules import it by name; the wrapper therefore replaces the function, found by
 loaded module, and modules imported later receive the wrapper. Stock names keep their meaning.
 """
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 from detectron2.layers import batch_norm
 from fvcore.common.registry import Registry
 from torch import nn
 
-from .batch_channel_norm import BatchChannelNorm2d
+from .batch_channel_norm import DEFAULT_GROUPS, BatchChannelNorm2d
 from .estimated_batch_norm import EstimatedBatchNorm2d
 
-__all__ = ["NORM_REGISTRY", "register_norms", "unregister_norms"]
+__all__ = ["NORM_REGISTRY", "bcn_groups", "rebind", "register_norms", "unregister_norms"]
 
 NORM_REGISTRY = Registry("NORM")
 NORM_REGISTRY.__doc__ = """
@@ -36,22 +38,39 @@ _STOCK_NAMES = (
 )
 
 
+_groups: ContextVar[int | str] = ContextVar("bcn_groups", default=DEFAULT_GROUPS)
+
+
+@contextlib.contextmanager
+def bcn_groups(num_groups: int | str | None) -> Iterator[None]:
+    """Within, norms made by the names ``BCN``, ``BatchBCN`` and ``SyncBCN`` have so many groups.
+
+    Args:
+        num_groups: see :class:`BatchChannelNorm2d`; None for its default.
+    """
+    token = _groups.set(DEFAULT_GROUPS if num_groups is None else num_groups)
+    try:
+        yield
+    finally:
+        _groups.reset(token)
+
+
 @NORM_REGISTRY.register()
 def BCN(channels: int) -> nn.Module:
     """Batch-channel norm on running estimates: for 1-2 images per step."""
-    return BatchChannelNorm2d(channels)
+    return BatchChannelNorm2d(channels, _groups.get())
 
 
 @NORM_REGISTRY.register()
 def BatchBCN(channels: int) -> nn.Module:
     """Batch-channel norm on the batch's own statistics: for large batches."""
-    return BatchChannelNorm2d(channels, statistics="batch")
+    return BatchChannelNorm2d(channels, _groups.get(), statistics="batch")
 
 
 @NORM_REGISTRY.register()
 def SyncBCN(channels: int) -> nn.Module:
     """Batch-channel norm on the statistics of all processes' batches."""
-    return BatchChannelNorm2d(channels, statistics="sync")
+    return BatchChannelNorm2d(channels, _groups.get(), statistics="sync")
 
 
 @NORM_REGISTRY.register()
@@ -65,6 +84,10 @@ def _wrap(stock: Callable) -> Callable:
     def get_norm(norm, out_channels):
         if not isinstance(norm, str):
             return stock(norm, out_channels)
+        if out_channels == 1 and norm in ("GN", "BCN", "BatchBCN", "SyncBCN"):
+            # Detectron2 v0.6 makes a norm of one channel to look at its type (RetinaNetHead, and so
+            # FCOS), which groups would refuse.
+            return nn.GroupNorm(1, 1)
         if norm in NORM_REGISTRY:
             return NORM_REGISTRY.get(norm)(out_channels)
         if norm and not _knows(stock, norm):
@@ -87,7 +110,7 @@ def _knows(stock: Callable, name: str) -> bool:
     return True
 
 
-def _rebind(old: Callable, new: Callable) -> None:
+def rebind(old: Callable, new: Callable) -> None:
     """Replace one function by another, by identity, in every loaded module."""
     for module in list(sys.modules.values()):
         # vars() rather than getattr(): some modules compute attributes, or import on access.
@@ -103,11 +126,11 @@ def register_norms() -> None:
     """
     current = batch_norm.get_norm
     if not hasattr(current, "wraps_norm_registry"):
-        _rebind(current, _wrap(current))
+        rebind(current, _wrap(current))
 
 
 def unregister_norms() -> None:
     """Give every loaded module Detectron2's own ``get_norm`` back."""
     current = batch_norm.get_norm
     if hasattr(current, "wraps_norm_registry"):
-        _rebind(current, current.__wrapped__)
+        rebind(current, current.__wrapped__)

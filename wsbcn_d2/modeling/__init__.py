@@ -8,14 +8,12 @@ from .backbone import (
 from .build import standardize
 from .cifar_resnet import build_cifar_resnet_backbone, build_ws_cifar_resnet_backbone
 from .classifier import ImageClassifier
-from .legacy import LegacyROIHeads, RoundedAnchorGenerator
+from .parts import register_preparation, set_estimates, standardize_parts
 from .retinanet import WSRetinaNet, WSRetinaNetHead
 from .roi_heads import WSFastRCNNConvFCHead, WSMaskRCNNConvUpsampleHead, WSRes5ROIHeads
 
 __all__ = [
     "ImageClassifier",
-    "LegacyROIHeads",
-    "RoundedAnchorGenerator",
     "WSFastRCNNConvFCHead",
     "WSMaskRCNNConvUpsampleHead",
     "WSRes5ROIHeads",
@@ -26,5 +24,9 @@ __all__ = [
     "build_ws_resnet_backbone",
     "build_ws_resnet_fpn_backbone",
     "build_ws_retinanet_resnet_fpn_backbone",
+    "set_estimates",
     "standardize",
+    "standardize_parts",
 ]
+
+register_preparation()

@@ -28,8 +28,16 @@ def build_ws_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """A ResNet with WS: :func:`detectron2.modeling.backbone.build_resnet_backbone`, converted.
 
     Raises:
-        ValueError: if a stage is deformable, or a norm does not fit its channels.
+        ValueError: if a stage is deformable, a norm does not fit its channels, or the config asks
+            for a stem that Detectron2's builder does not have (DeepLab's).
     """
+    stem = cfg.MODEL.RESNETS.get("STEM_TYPE", "basic")
+    if stem != "basic":
+        raise ValueError(
+            f"build_ws_resnet_backbone has no stem of MODEL.RESNETS.STEM_TYPE {stem!r}: set "
+            "MODEL.BACKBONE.NAME to build_resnet_deeplab_backbone and MODEL.WS.PARTS to "
+            "['backbone']"
+        )
     return standardize_by_config(build_resnet_backbone(cfg, input_shape), cfg)
 
 

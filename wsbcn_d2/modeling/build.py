@@ -1,22 +1,24 @@
 """From config keys to layer options."""
 
+from collections.abc import Iterable
+
 from detectron2.config import CfgNode
 from torch import nn
 
-from ..layers import convert_convs, set_update_rate
+from ..layers import convert_convs
+from .parts import standardize_parts
 
 __all__ = ["standardize", "standardize_by_config", "ws_options"]
 
 
 def ws_options(cfg: CfgNode) -> dict:
-    """Read the ``MODEL.WS`` and ``MODEL.BCN`` options of a part of the model.
+    """Read the ``MODEL.WS`` options of a part of the model.
 
     Args:
         cfg: a config with the keys of :func:`wsbcn_d2.add_wsbcn_config`.
 
     Returns:
-        dict: ``ws_kind`` (str), ``ws_formula`` (str), ``ws_eps`` (float) and ``bcn_update_rate``
-        (float).
+        dict: ``ws_kind`` (str), ``ws_formula`` (str) and ``ws_eps`` (float).
 
     Raises:
         KeyError: if the config lacks this project's keys.
@@ -30,7 +32,6 @@ def ws_options(cfg: CfgNode) -> dict:
         "ws_kind": cfg.MODEL.WS.KIND,
         "ws_formula": cfg.MODEL.WS.FORMULA,
         "ws_eps": cfg.MODEL.WS.EPS,
-        "bcn_update_rate": cfg.MODEL.BCN.UPDATE_RATE,
     }
 
 
@@ -40,21 +41,21 @@ def standardize(
     ws_kind: str = "ws",
     ws_formula: str = "unbiased",
     ws_eps: float = 1e-5,
-    bcn_update_rate: float | None = None,
+    parts: Iterable[str] = (),
 ) -> nn.Module:
-    """Apply WS, WN or CWN to the normalized convolutions of a module; set its BCN update rate.
+    """Apply WS, WN or CWN to the normalized convolutions of a module.
 
     Args:
         module: converted in place by :func:`wsbcn_d2.layers.convert_convs`.
         ws_kind: one of ``wsbcn_d2.layers.WS_KINDS``.
         ws_formula, ws_eps: see :func:`wsbcn_d2.layers.standardize_weight`.
-        bcn_update_rate: rate of the running estimates; None leaves it alone.
+        parts: which, by :func:`standardize_parts`; empty for all of Detectron2's own.
 
     Returns:
         ``module``.
     """
-    if bcn_update_rate is not None:
-        set_update_rate(module, bcn_update_rate)
+    if parts:
+        return standardize_parts(module, parts, kind=ws_kind, formula=ws_formula, eps=ws_eps)
     return convert_convs(module, kind=ws_kind, formula=ws_formula, eps=ws_eps)
 
 

@@ -29,13 +29,11 @@ class _Standardized:
         ws_kind: str = "ws",
         ws_formula: str = "unbiased",
         ws_eps: float = 1e-5,
-        bcn_update_rate: float | None = None,
         **kwargs,
     ):
         """
         Args:
             ws_kind, ws_formula, ws_eps: see :func:`wsbcn_d2.layers.convert_convs`.
-            bcn_update_rate: rate of the norms' running estimates; None keeps the norm's own.
             *args, **kwargs: those of the stock head.
         """
         super().__init__(*args, **kwargs)
@@ -44,7 +42,6 @@ class _Standardized:
             ws_kind=ws_kind,
             ws_formula=ws_formula,
             ws_eps=ws_eps,
-            bcn_update_rate=bcn_update_rate,
         )
 
     @classmethod

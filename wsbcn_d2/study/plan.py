@@ -12,7 +12,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
-from ..checkpoint.reader import file_sha256
+from ..checkpoint.files.opening import file_sha256
 from ..config import get_cfg
 from ..engine import UsageError, load_config
 

@@ -57,15 +57,15 @@ def fused_bcn(
         Tensor of the shape of ``x``; of its type, or float32 where autocast has group norms
         return that (CUDA). Arithmetic is float32 at least.
     """
-    # In one argument, because autograd looks at each.
-    constants = backend, readable, bn_mean, bn_var, bn_count, bn_eps, rate, eps
-    return _FusedBCN.apply(x, weight, bias, bn_weight, bn_bias, constants)
+    # What is not differentiated goes in one piece: apply() looks at each of its arguments.
+    options = (backend, readable, bn_mean, bn_var, bn_count, bn_eps, rate, eps)
+    return _FusedBCN.apply(x, weight, bias, bn_weight, bn_bias, options)
 
 
 class _FusedBCN(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, bn_weight, bn_bias, constants):
-        backend, readable, bn_mean, bn_var, bn_count, bn_eps, rate, eps = constants
+    def forward(ctx, x, weight, bias, bn_weight, bn_bias, options):
+        backend, readable, bn_mean, bn_var, bn_count, bn_eps, rate, eps = options
         dtype = None
         if x.is_cuda and x.dtype != weight.dtype and torch.is_autocast_enabled("cuda"):
             dtype = weight.dtype  # as autocast's F.group_norm
@@ -118,12 +118,13 @@ def fused_standardize(
         formula, eps: see :func:`wsbcn_d2.layers.standardize_weight`.
         dtype: type of the result, None for that of ``weight``.
     """
-    return _FusedWS.apply(weight, backend, readable, formula, eps, dtype)
+    return _FusedWS.apply(weight, (backend, readable, formula, eps, dtype))
 
 
 class _FusedWS(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, backend, readable, formula, eps, dtype):
+    def forward(ctx, weight, options):
+        backend, readable, formula, eps, dtype = options
         out, saved = backend.ws_forward(weight, formula, eps, dtype)
         ctx.save_for_backward(weight, *saved)
         ctx.backend, ctx.readable, ctx.options = backend, readable, (formula, eps)
@@ -137,7 +138,7 @@ class _FusedWS(torch.autograd.Function):
             (dw,) = _graph_of_grads(y, (weight,), (True,), dy)
         else:
             dw = ctx.backend.ws_backward(dy, weight, tuple(saved), *ctx.options)
-        return dw, *[None] * 5
+        return dw, None
 
 
 def _graph_of_grads(y, inputs, needed, dy):

@@ -28,41 +28,37 @@ _BLOCK = 4096
 _LARGEST = 2**31 - 1
 
 
+def _fits(tensor, dtype, device, numel) -> bool:
+    """Whether an address is all that a kernel needs to know of a parameter or buffer."""
+    return (
+        tensor.dtype is dtype
+        and tensor.numel() == numel
+        and tensor.device == device
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+        and not tensor._is_zerotensor()
+    )
+
+
 def takes_bcn(x, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_count) -> bool:
     """See :mod:`.dispatch`."""
-    dtype, device = weight.dtype, x.device
-    if dtype not in _TYPES or not (x.dtype is dtype or x.dtype in _HALF):
-        return False
-    if not (launch.on_gpu(x) or launch.INTERPRETED):
-        return False
-    n, channels, height, width = x.shape
+    dtype, device, (n, channels, height, width) = weight.dtype, x.device, x.shape
     groups = weight.numel()
-    for tensor, numel in (
-        (weight, groups), (bias, groups), (bn_weight, channels), (bn_bias, channels),
-        (bn_mean, channels), (bn_var, channels),
-    ):  # fmt: skip
-        if tensor is not None and not (
-            tensor.dtype is dtype
-            and tensor.numel() == numel
-            and tensor.device == device
-            and tensor.is_contiguous()
-            and not tensor.is_neg()
-            and not tensor._is_zerotensor()
-        ):
-            return False
     return (
-        channels % groups == 0
+        (launch.on_gpu(x) or launch.INTERPRETED)
+        and dtype in _TYPES
+        and (x.dtype is dtype or x.dtype in _HALF)
+        and channels % groups == 0
         and channels // groups <= _BLOCK // 2
         and channels * height * width <= _LARGEST
         and 8 * n * channels <= _LARGEST
-        and (
-            bn_count is None
-            or (
-                bn_count.dtype is torch.int64
-                and bn_count.numel() == 1
-                and bn_count.device == device
-            )
-        )
+        and _fits(weight, dtype, device, groups)
+        and _fits(bias, dtype, device, groups)
+        and (bn_weight is None or _fits(bn_weight, dtype, device, channels))
+        and (bn_bias is None or _fits(bn_bias, dtype, device, channels))
+        and _fits(bn_mean, dtype, device, channels)
+        and _fits(bn_var, dtype, device, channels)
+        and (bn_count is None or _fits(bn_count, torch.int64, device, 1))
     )
 
 

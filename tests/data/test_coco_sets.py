@@ -1,0 +1,615 @@
+"""Sets of one's own, by the config alone: faulty ones are refused in one line, odd ones train."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from coco_sets import SIZES, a_set, runs, write
+from conftest import ROOT, TINY
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+from pycocotools import mask as mask_util
+
+from wsbcn_d2.data import DataError, classes_of, read_picture, register_coco_sets
+from wsbcn_d2.data.checks import look, look_at, memory
+from wsbcn_d2.data.checks.masks import _unpack
+from wsbcn_d2.engine import load_config
+from wsbcn_d2.engine.from_config import schedule_by_epochs
+
+CONFIG = str(ROOT / "configs" / "shapes" / "mask_rcnn_R_18_FPN_gn_ws.yaml")
+EXIF_ORIENTATION = 0x0112
+
+
+@pytest.fixture(autouse=True)
+def own_names(tmp_path, monkeypatch):
+    """What a test registers is gone after it; what is remembered, is remembered elsewhere."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def command(train_net, tmp_path, monkeypatch, capsys):
+    """Runs tools/train_net.py on sets; gives exit code and the lines of its errors."""
+
+    def call(train, test, *options):
+        names = {entry["NAME"] for entry in train}, {entry["NAME"] for entry in test}
+        sets = {entry["NAME"]: entry for entry in [*train, *test]}
+        argv = [
+            *("--config-file", CONFIG, *TINY, "OUTPUT_DIR", str(tmp_path / "output")),
+            *("DATASETS.COCO_SETS", str(list(sets.values()))),
+            *("DATASETS.TRAIN", str(tuple(names[0])), "DATASETS.TEST", str(tuple(names[1]))),
+            *("MODEL.ROI_HEADS.NUM_CLASSES", "2", "INPUT.MASK_FORMAT", "polygon"),
+            *("SOLVER.MAX_ITER", "1", "SOLVER.STEPS", "()", "SOLVER.CHECKPOINT_PERIOD", "100"),
+            *("TEST.EVAL_PERIOD", "0", "SOLVER.WARMUP_ITERS", "0", *options),
+        ]
+        monkeypatch.setattr(sys, "argv", ["train_net.py", *argv])
+        capsys.readouterr()
+        code = train_net.cli()
+        lines = [line for line in capsys.readouterr().err.splitlines() if line]
+        if code == 2:
+            assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        return code, [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+
+    return call
+
+
+# What is done to a good set, the fault's line, and what the mend says.
+
+
+def change(key, index=0, **values):
+    def spoil(content, folder):
+        content[key][index].update(values)
+
+    return spoil
+
+
+def without(key, field, index=0):
+    def spoil(content, folder):
+        del content[key][index][field]
+
+    return spoil
+
+
+def every(key, **values):
+    def spoil(content, folder):
+        for entry in content[key]:
+            entry.update(values)
+
+    return spoil
+
+
+def top(**values):
+    def spoil(content, folder):
+        content.update(values)
+
+    return spoil
+
+
+def picture(make):
+    """Replace the first picture's file by what ``make(path)`` writes."""
+
+    def spoil(content, folder):
+        make(folder / "0.png")
+
+    return spoil
+
+
+def saved(mode, size=SIZES[0], **options):
+    return picture(lambda path: Image.new(mode, size).save(path, **options))
+
+
+def turned(orientation, size=SIZES[0]):
+    def make(path):
+        image = Image.new("RGB", size)
+        exif = image.getexif()
+        exif[EXIF_ORIENTATION] = orientation
+        image.save(path, exif=exif)
+
+    return picture(make)
+
+
+def corners(content, folder):
+    for annotation in content["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["bbox"] = [x, y, x + w, y + h]
+
+
+def shares(content, folder):
+    for annotation in content["annotations"]:
+        annotation["bbox"] = [value / 100 for value in annotation["bbox"]]
+
+
+def run_lengths(content, folder):
+    for annotation in content["annotations"]:
+        image = content["images"][annotation["image_id"] - 1]
+        annotation["segmentation"] = runs(*annotation["bbox"][:2], image)
+
+
+def broken_runs(change):
+    def spoil(content, folder):
+        run_lengths(content, folder)
+        change(content["annotations"][0]["segmentation"])
+
+    return spoil
+
+
+def no_masks(content, folder):
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+
+
+def deep(content, folder):
+    width, height = SIZES[0]
+    pixels = np.linspace(100, 4000, width * height).reshape(height, width).astype(np.uint16)
+    Image.fromarray(pixels).save(folder / "0.png")
+
+
+def moved(content, folder):
+    content["images"][0]["file_name"] = "pictures\\0.png"
+
+
+def capital(content, folder):
+    (folder / "0.png").rename(folder / "0.PNG")
+
+
+def three_classes(content, folder):
+    content["categories"].append({"id": 3, "name": "square"})
+    content["annotations"][0]["category_id"] = 3
+
+
+def keypoints(length, names=None, every_one=True):
+    def spoil(content, folder):
+        for annotation in content["annotations"][: None if every_one else 1]:
+            annotation["keypoints"] = [9, 9, 2] * length
+            annotation["num_keypoints"] = length
+        for category in content["categories"]:
+            if names:
+                category["keypoints"] = names
+
+    return spoil
+
+
+FAULTS = {
+    # The file.
+    "a list": (lambda c, f: [c], "the file is a list", "is an object with the lists"),
+    "cut off": (lambda c, f: json.dumps(c)[:200], "annotation file that is no JSON", "breaks off"),
+    "binary": (lambda c, f: "\udcff\udcfe", "annotation file that is no JSON", "write it again"),
+    "no images": (lambda c, f: c.pop("images"), "'images' is missing", "COCO's instance format"),
+    "categories by name": (
+        top(categories={"1": "round"}),
+        "'categories' is no list of objects",
+        "COCO's instance format",
+    ),
+    "annotations of numbers": (top(annotations=[1, 2]), "'annotations' is no list", "COCO's"),
+    # Images.
+    "no pictures": (top(images=[], annotations=[]), "no pictures", "list the pictures"),
+    "image id as text": (change("images", id="1"), "image without a whole number as id", "number"),
+    "image twice": (change("images", 1, id=1), "ids of images that are not unique", "of its own"),
+    "no file name": (without("images", "file_name"), "image without a file_name", "image 1"),
+    "no height": (without("images", "height"), "image without height and width", "whole pixels"),
+    "width as text": (change("images", width="64"), "image without height and width", "'64'"),
+    # Categories.
+    "no categories": (top(categories=[], annotations=[]), "no categories", "name the classes"),
+    "category twice": (change("categories", 1, id=1), "ids of categorys", "of its own"),
+    "no category name": (without("categories", "name"), "category without a name", "category 1"),
+    "one name twice": (change("categories", 1, name="round"), "two categories of one name", "re"),
+    # Annotations.
+    "annotation twice": (change("annotations", 1, id=1), "ids of annotations", "of its own"),
+    "no annotation id": (without("annotations", "id"), "annotation without a whole number", "num"),
+    "no image": (change("annotations", image_id=9), "an image that is not listed", "image_id 9"),
+    "no class": (change("annotations", category_id=0), "category that does not exist", "_id 0"),
+    "no box": (without("annotations", "bbox"), "bbox that is not four finite numbers", "pixels"),
+    "empty box": (change("annotations", bbox=[]), "bbox that is not four finite numbers", "[]"),
+    "NaN": (change("annotations", bbox=[1, 2, float("nan"), 4]), "four finite numbers", "nan"),
+    "negative": (change("annotations", bbox=[30, 30, -9, 9]), "box of negative size", "width"),
+    "outside": (change("annotations", bbox=[99, 5, 9, 9]), "box outside its picture", "pixels"),
+    "corners": (corners, "boxes that look like corners", "in place of two corners"),
+    "shares": (shares, "boxes that look like shares of the picture", "write pixels"),
+    "no area": (without("annotations", "area", 3), "annotation without 'area'", "evaluation"),
+    "no iscrowd": (without("annotations", "iscrowd"), "annotation without 'iscrowd'", "write 0"),
+    "a wrong crowd": (change("annotations", iscrowd=2), "iscrowd that is not 0 or 1", "say 0"),
+    "ignored": (change("annotations", ignore=1), "annotation with 'ignore'", "delete"),
+    "no object": (top(annotations=[]), "no object in the whole set", "right file"),
+    "crowds alone": (every("annotations", iscrowd=1), "no object in the whole set", "right"),
+    # Masks.
+    "line": (change("annotations", segmentation=[[1, 1, 9, 9]]), "fewer than three", "again"),
+    "half a point": (change("annotations", segmentation=[[1] * 7]), "half a point", "again"),
+    "flat polygon": (
+        change("annotations", segmentation=[1, 1, 9, 1, 9, 9]),
+        "mask that is no list of polygons",
+        "even where there is but one",
+    ),
+    "polygon of text": (change("annotations", segmentation=[["1"] * 6]), "else than num", "fin"),
+    "mask as text": (change("annotations", segmentation="mask.png"), "mask that is no mask", "run"),
+    "run lengths": (run_lengths, "6 masks are run lengths", "set INPUT.MASK_FORMAT to bitmask"),
+    "no masks": (no_masks, "no mask (annotation 1) with MODEL.MASK_ON on", "boxes alone"),
+    "a mask missing": (without("annotations", "segmentation", 4), "1 without a mask", "turn it"),
+    "turned run lengths": (
+        broken_runs(lambda mask: mask.update(size=mask["size"][::-1])),
+        "mask of another size than its picture",
+        "height and width",
+    ),
+    "runs too long": (
+        broken_runs(lambda mask: mask["counts"].append(5)),
+        "run lengths that do not add up",
+        "encode the mask again",
+    ),
+    "packed runs cut off": (
+        broken_runs(lambda mask: mask.update(counts="0o")),
+        "run lengths that do not add up",
+        "encode the mask again",
+    ),
+    # Classes and the model.
+    "more classes than the model": (
+        three_classes,
+        "3 classes, the model has 2: the last ones would be taken for background",
+        "set MODEL.ROI_HEADS.NUM_CLASSES to 3",
+    ),
+    # Pictures.
+    "missing": (lambda c, f: (f / "0.png").unlink(), "picture that is missing", "put it into"),
+    "other case": (capital, "picture that is missing", "there is 0.PNG: case counts"),
+    "backslash": (moved, "picture that is missing", "write / in place of \\"),
+    "no folder": (lambda c, f: shutil.rmtree(f), "not found", "DATASETS.COCO_SETS"),
+    "no picture": (picture(lambda p: p.write_text("<html>")), "file that is no picture", "PNG"),
+    "empty file": (picture(lambda p: p.write_bytes(b"")), "file that is no picture", "PNG"),
+    "other size": (saved("RGB", (64, 64)), "picture of another size than is said", "64 x 72"),
+    "turned by 90": (turned(6), "EXIF turns the picture", "mogrify -auto-orient"),
+    "turned TIFF": (
+        lambda c, f: (
+            turned(6, SIZES[0][::-1])(c, f)
+            or Image.open(f / "0.png").save(f / "0.png", "TIFF", tiffinfo={EXIF_ORIENTATION: 6})
+        ),
+        "EXIF turns the picture",
+        "orientation 6",
+    ),
+    "turned by 180": (turned(3), "EXIF turns the picture", "orientation 3"),
+    "16 bits": (deep, "1 pictures of more than 8 bits (0.png", "INPUT.PICTURE_RANGE"),
+    "floats": (
+        lambda c, f: Image.new("F", SIZES[0]).save(f / "0.png", "TIFF"),
+        "pictures of more than 8 bits (0.png, F",
+        "INPUT.PICTURE_RANGE",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_faulty_set_is_one_line(case, command, tmp_path):
+    spoil, fault, mend = FAULTS[case]
+    content = a_set()
+    entry = write(tmp_path / "data", content)
+    result = spoil(content, tmp_path / "data" / "set")
+    content = result if case in ("a list", "cut off", "binary") else content
+    with open(entry["JSON"], "w", errors="surrogateescape") as file:
+        file.write(content if isinstance(content, str) else json.dumps(content))
+    before = sorted(path.name for path in (tmp_path / "data").rglob("*"))
+    code, errors = command([entry], [entry])
+    assert code == 2 and len(errors) == 1, errors
+    assert fault in errors[0] and mend in errors[0] and "test_set" in errors[0]
+    assert not (tmp_path / "output").exists() and not (tmp_path / "cache").exists()
+    assert sorted(path.name for path in (tmp_path / "data").rglob("*")) == before
+
+
+KEYPOINTS = ["MODEL.KEYPOINT_ON", "True", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "3"]
+KEYPOINTS += ["MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE", "1"]
+SIGMAS = ["TEST.KEYPOINT_OKS_SIGMAS", "[0.1,0.1,0.1]"]
+NAMES = ["left_end", "right_end", "middle"]
+
+
+@pytest.mark.parametrize(
+    "spoil, options, message",
+    [
+        (keypoints(0), [*KEYPOINTS, *SIGMAS], "no keypoints with MODEL.KEYPOINT_ON"),
+        (keypoints(2, NAMES[:2]), [*KEYPOINTS, *SIGMAS], "2 keypoints, the model has 3"),
+        (keypoints(3, NAMES[:2]), [*KEYPOINTS, *SIGMAS], "of another number than their category"),
+        (keypoints(3, NAMES), KEYPOINTS, "evaluation has 17 numbers for 3 keypoints"),
+        (keypoints(3), [*KEYPOINTS, *SIGMAS], "does not name its keypoints"),
+        (keypoints(3, NAMES, False), [*KEYPOINTS, *SIGMAS], "5 objects without keypoints"),
+        (change("annotations", keypoints=[1, 2, 7]), [], "keypoints that are not triples"),
+        (change("annotations"), ["INPUT.MASK_FORMAT", "rle"], "INPUT.MASK_FORMAT 'rle'"),
+        (change("annotations"), ["INPUT.PICTURE_RANGE", "[9, 0]"], "INPUT.PICTURE_RANGE [9, 0]"),
+        (change("annotations"), ["INPUT.PICTURE_RANGE", "[9]"], "INPUT.PICTURE_RANGE [9]"),
+        (change("annotations"), ["INPUT.FORMAT", "L"], "INPUT.FORMAT L needs 1 numbers"),
+        (change("annotations"), ["SOLVER.EPOCHS", "-1"], "SOLVER.EPOCHS -1"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_one_line(spoil, options, message, command, tmp_path):
+    content = a_set()
+    spoil(content, None)
+    entry = write(tmp_path / "data", content)
+    code, errors = command([entry], [entry], *options)
+    assert code == 2 and len(errors) == 1 and message in errors[0], errors
+    assert not (tmp_path / "output").exists()
+
+
+def reordered(content):
+    content["categories"][0]["name"], content["categories"][1]["name"] = "long", "round"
+
+
+def renamed(content):
+    content["categories"][1]["name"] = "tall"
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [(renamed, "'long' is in one alone"), (reordered, "they come in another order")],
+)
+def test_sets_of_a_run_have_the_same_categories(other, message, command, tmp_path):
+    content = a_set()
+    other(content)
+    one, two = write(tmp_path, a_set(), "one"), write(tmp_path, content, "two")
+    for train, test in (([one], [two]), ([one, two], [one])):
+        code, errors = command(train, test)
+        assert code == 2 and len(errors) == 1 and message in errors[0], errors
+        assert "test_one" in errors[0] and "test_two" in errors[0]
+
+
+def test_area_and_iscrowd_are_asked_for_where_they_are_read(command, tmp_path):
+    content = a_set()
+    for annotation in content["annotations"]:
+        del annotation["area"], annotation["iscrowd"]
+    train, test = write(tmp_path, content, "train"), write(tmp_path, a_set(), "val")
+    assert command([train], [test]) == (0, [])
+
+
+@pytest.mark.parametrize(
+    "sets, message",
+    [
+        ("[{'NAME': 'x', 'JSON': 'x.json'}]", "is no data set: say {NAME"),
+        ("['x.json']", "'x.json' is no data set"),
+        ("[{'NAME': 'x', 'JSON': 3, 'IMAGES': 'x'}]", "must be text"),
+        ("[{'NAME': 'shapes_train', 'JSON': 'x', 'IMAGES': 'x'}]", "belongs to another data set"),
+    ],
+)
+def test_entries_that_name_no_set(sets, message):
+    with pytest.raises(DataError, match=message):
+        load_config(CONFIG, ["DATASETS.COCO_SETS", sets])
+
+
+# Odd, and valid.
+
+
+def with_ids_from_0(content, folder):
+    for category in content["categories"]:
+        category["id"] = 7 * (category["id"] - 1)
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 7 * (annotation["category_id"] - 1)
+
+
+def with_a_crowd(content, folder):
+    content["annotations"][0].update(iscrowd=1, segmentation=runs(5, 5, content["images"][0]))
+
+
+def with_packed_masks(content, folder):
+    run_lengths(content, folder)
+    for annotation in content["annotations"]:
+        mask = annotation["segmentation"]
+        packed = mask_util.frPyObjects(mask, *mask["size"])
+        mask["counts"] = packed["counts"].decode()
+
+
+def without_objects(content, folder):
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 2]
+
+
+def at_absolute_paths(content, folder):
+    for image in content["images"]:
+        image["file_name"] = str(folder / image["file_name"])
+
+
+def in_other_modes(content, folder):
+    Image.new("L", SIZES[0], 90).save(folder / "0.png")
+    Image.new("P", SIZES[1], 90).save(folder / "1.png")
+    Image.new("CMYK", SIZES[2], (9, 9, 9, 9)).save(folder / "2.png", "JPEG")
+
+
+def with_alpha_and_frames(content, folder):
+    Image.new("LA", SIZES[0], (90, 9)).save(folder / "0.png")
+    Image.new("1", SIZES[1]).save(folder / "1.png")
+    frames = [Image.new("P", SIZES[2], i) for i in range(3)]
+    frames[0].save(folder / "2.png", "GIF", save_all=True, append_images=frames[1:])
+
+
+def under_unicode_names(content, folder):
+    (folder / "bilder süß").mkdir()
+    (folder / "0.png").rename(folder / "bilder süß" / "日本.png")
+    content["images"][0]["file_name"] = "bilder süß/日本.png"
+
+
+def turned_and_listed_so(content, folder):
+    turned(6, SIZES[0][::-1])(content, folder)
+
+
+def over_the_edge(content, folder):
+    content["annotations"][0]["bbox"] = [-3, -3, 40, 40]
+
+
+def flat_box(content, folder):
+    content["annotations"][0]["bbox"] = [5, 5, 0, 10]
+
+
+def with_unknown_fields(content, folder):
+    content["info"] = {"year": 2018}
+    content["annotations"][0].update(attributes={"hard": True}, num_keypoints=0)
+    content["images"][0]["license"] = None
+
+
+def listed_twice(content, folder):
+    content["images"].append({**content["images"][0], "id": 9})
+    content["annotations"].append({**content["annotations"][0], "id": 99, "image_id": 9})
+
+
+def with_an_idle_class(content, folder):
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 2
+
+
+RANGE = ["INPUT.PICTURE_RANGE", "[0, 4095]"]
+ONE_CHANNEL = ["INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", "[110.0]", "MODEL.PIXEL_STD", "[58.0]"]
+BITMASK = ["INPUT.MASK_FORMAT", "bitmask"]
+VALID = {
+    "ids from 0, with gaps": (with_ids_from_0, []),
+    "a crowd of run lengths": (with_a_crowd, []),
+    "packed run lengths": (with_packed_masks, BITMASK),
+    "plain run lengths": (run_lengths, BITMASK),
+    "a picture without objects": (without_objects, []),
+    "absolute paths": (at_absolute_paths, []),
+    "grey, palette, CMYK": (in_other_modes, []),
+    "alpha, two colours, frames": (with_alpha_and_frames, []),
+    "unicode": (under_unicode_names, []),
+    "turned by EXIF": (turned_and_listed_so, []),
+    "over the edge": (over_the_edge, []),
+    "a box without area": (flat_box, []),
+    "other fields": (with_unknown_fields, []),
+    "listed twice": (listed_twice, []),
+    "a class without objects": (with_an_idle_class, []),
+    "boxes only": (no_masks, ["MODEL.MASK_ON", "False"]),
+    "16 bits, repeated": (deep, RANGE),
+    "16 bits, one channel": (deep, [*RANGE, *ONE_CHANNEL]),
+    "keypoints": (keypoints(3, NAMES), [*KEYPOINTS, *SIGMAS, *BITMASK]),
+    "more classes in the model": (change("annotations"), ["MODEL.ROI_HEADS.NUM_CLASSES", "5"]),
+}
+
+
+@pytest.mark.parametrize("case", VALID)
+def test_an_odd_set_trains(case, command, tmp_path):
+    spoil, options = VALID[case]
+    content = a_set()
+    entry = write(tmp_path / "data", content)
+    spoil(content, tmp_path / "data" / "set")
+    with open(entry["JSON"], "w") as file:
+        json.dump(content, file)
+    assert command([entry], [entry], *options) == (0, [])
+    output = tmp_path / "output"
+    assert (output / "model_final.pth").is_file()
+    # The dumped config stands by itself: the set is named in it.
+    assert [entry] == load_config(str(output / "config.yaml")).DATASETS.COCO_SETS
+    assert classes_of("test_set") == [c["name"] for c in a_set()["categories"]]
+
+
+def test_several_sets_are_one(command, tmp_path):
+    one, two = write(tmp_path, a_set(), "one"), write(tmp_path, a_set(), "two")
+    options = ["SOLVER.EPOCHS", "2", "SOLVER.IMS_PER_BATCH", "3"]
+    assert command([one, two], [two], *options) == (0, [])
+    saved = torch.load(tmp_path / "output" / "model_final.pth", weights_only=True)
+    assert saved["iteration"] == 3  # 2 x 6 pictures, 3 a step: 0 to 3
+
+
+def test_a_set_is_looked_at_once_for_each_state(tmp_path, monkeypatch):
+    entry = write(tmp_path / "data", a_set())
+    seen = []
+    stock = look.check_content
+    monkeypatch.setattr(look, "check_content", lambda *a: seen.append(1) or stock(*a))
+    first = look_at(entry["JSON"], entry["IMAGES"])
+    memory.keep(first)
+    again = look_at(entry["JSON"], entry["IMAGES"])
+    assert len(seen) == 1 and again.facts == json.loads(json.dumps(first.facts))
+    assert (tmp_path / "cache" / "wsbcn_d2").is_dir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "data" / "set" / "0.png")
+    assert look_at(entry["JSON"], entry["IMAGES"]).faults and len(seen) == 2
+    assert look_at(entry["JSON"], entry["IMAGES"]).faults and len(seen) == 3  # not remembered
+    for path in (tmp_path / "cache").rglob("*.json"):
+        path.write_text("{")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "data" / "set.json"))  # no folder
+    Image.new("RGB", SIZES[0]).save(tmp_path / "data" / "set" / "0.png")
+    found = look_at(entry["JSON"], entry["IMAGES"])
+    memory.keep(found)
+    assert not found.faults
+
+
+def test_packed_run_lengths_are_read_as_pycocotools_reads_them():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        shape = rng.integers(1, 90, size=2)
+        mask = (rng.random(shape) < rng.random()).astype(np.uint8)
+        packed = mask_util.encode(np.asfortranarray(mask))["counts"].decode()
+        flat = mask.T.ravel()
+        edges = np.flatnonzero(np.diff(flat)) + 1
+        wanted = np.diff([0, *edges, flat.size])
+        if flat[0]:
+            wanted = np.concatenate([[0], wanted])
+        assert _unpack(packed).tolist() == wanted.tolist()
+
+
+# Pictures of more than 8 bits.
+
+
+@pytest.mark.parametrize("image_format, channels", [("RGB", 3), ("BGR", 3), ("L", 1)])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_range_is_scaled(image_format, channels, suffix, tmp_path):
+    values = np.array([[0, 100, 1100], [2100, 4000, 65535]], np.uint16)
+    path = tmp_path / f"deep.{suffix}"
+    Image.fromarray(values).save(path)
+    out = read_picture(str(path), image_format, [100, 2100])
+    assert out.dtype == np.uint8 and out.shape == (2, 3, channels)
+    expected = np.array([[0, 0, 128], [255, 255, 255]])
+    assert all(np.array_equal(out[..., c], expected) for c in range(channels))
+    with pytest.raises(DataError, match="has more than 8 bits .*set INPUT.PICTURE_RANGE"):
+        read_picture(str(path), image_format)
+
+
+def test_pictures_of_8_bits_are_left_alone_by_a_range(tmp_path):
+    pixels = np.random.default_rng(0).integers(256, size=(9, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    for limits in ([], [0, 4095]):
+        assert np.array_equal(read_picture(str(tmp_path / "a.png"), "RGB", limits), pixels)
+
+
+def test_a_deep_picture_is_turned_as_others_are(tmp_path):
+    for dtype, name in ((np.uint8, "8.png"), (np.uint16, "16.png")):
+        image = Image.fromarray(np.arange(6, dtype=dtype).reshape(2, 3) * 51)
+        exif = image.getexif()
+        exif[EXIF_ORIENTATION] = 6
+        image.save(tmp_path / name, exif=exif)
+    plain = read_picture(str(tmp_path / "8.png"), "L")
+    assert plain.shape == (3, 2, 1)
+    assert np.array_equal(read_picture(str(tmp_path / "16.png"), "L", [0, 255]), plain)
+
+
+# Epochs.
+
+
+@pytest.mark.parametrize(
+    "epochs, images, wanted",
+    [(10, 1, (30, (21, 27), 3, 3, 3)), (10, 2, (15, (10, 14), 2, 2, 1)), (0, 1, None)],
+)
+def test_epochs_become_iterations(epochs, images, wanted, tmp_path):
+    entry = write(tmp_path, a_set())
+    options = [
+        *("DATASETS.COCO_SETS", str([entry]), "DATASETS.TRAIN", "('test_set',)"),
+        *("SOLVER.MAX_ITER", "1000", "SOLVER.STEPS", "(700, 900)", "TEST.EVAL_PERIOD", "100"),
+        *("SOLVER.CHECKPOINT_PERIOD", "100", "SOLVER.WARMUP_ITERS", "50"),
+        *("SOLVER.EPOCHS", str(epochs), "SOLVER.IMS_PER_BATCH", str(images)),
+    ]
+    cfg = load_config(CONFIG, options)
+    solver = schedule_by_epochs(cfg).SOLVER
+    if wanted is None:
+        assert solver is cfg.SOLVER
+        return
+    out = schedule_by_epochs(cfg)
+    assert wanted == (
+        *(solver.MAX_ITER, solver.STEPS, out.TEST.EVAL_PERIOD, solver.CHECKPOINT_PERIOD),
+        solver.WARMUP_ITERS,
+    )
+    assert cfg.SOLVER.MAX_ITER == 1000 and cfg.is_frozen() and out.is_frozen()
+
+
+def test_registering_again_and_elsewhere(tmp_path, monkeypatch):
+    entry = write(tmp_path / "a", a_set())
+    register_coco_sets([entry])
+    metadata = MetadataCatalog.get("test_set")
+    register_coco_sets([entry])
+    assert MetadataCatalog.get("test_set") is metadata
+    other = write(tmp_path / "b", a_set())
+    register_coco_sets([other])
+    assert MetadataCatalog.get("test_set").json_file == other["JSON"]
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "a"))
+    register_coco_sets([{"NAME": "test_set", "JSON": "set.json", "IMAGES": "set"}])
+    assert MetadataCatalog.get("test_set").json_file == entry["JSON"]
+    assert len(DatasetCatalog.get("test_set")) == 3

@@ -1,0 +1,1 @@
+"""Names of published checkpoints: what they are, where they are, the cache."""

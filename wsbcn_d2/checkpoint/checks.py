@@ -1,0 +1,285 @@
+"""Whether a checkpoint is the one that a model needs: decided before anything is loaded.
+
+Detectron2 loads what fits and warns about the rest, so that a file in foreign names, with
+another norm or another weight standardization trains from noise without an error. Here these
+are errors.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from detectron2.layers import FrozenBatchNorm2d
+from torch import nn
+
+from .errors import CheckpointError, shortened
+from .formats.recognise import detect_format, foreign_norm_kind
+from .layout import BOTTOM_UP, OPTIONAL_SUFFIX, norm_kind
+from .metadata import OTHER_KINDS, Metadata
+
+_NORM_KINDS = {
+    **dict.fromkeys(("BCN", "BatchBCN", "SyncBCN"), "BCN"),
+    **dict.fromkeys(("BN", "FrozenBN", "SyncBN", "nnSyncBN"), "BN"),
+    **dict.fromkeys(("naiveSyncBN", "naiveSyncBN_N", "CycleBatchNormList", "EstBN"), "BN"),
+    "GN": "GN",
+}
+
+
+@dataclass(frozen=True)
+class LoadExpectation:
+    """What a model needs of its weights; a field that is None is not checked.
+
+    Attributes:
+        ws_formula: of the backbone, "none" without WS.
+        norm: kind of the backbone's norm, "GN", "BCN" or "BN".
+        pixel_mean, pixel_std: as configured, three numbers each.
+        input_format: "RGB" or "BGR".
+        ws_eps: epsilon of the formula.
+    """
+
+    ws_formula: str | None = None
+    norm: str | None = None
+    pixel_mean: tuple[float, ...] | None = None
+    pixel_std: tuple[float, ...] | None = None
+    input_format: str | None = None
+    ws_eps: float | None = None
+
+    @classmethod
+    def from_cfg(cls, cfg) -> "LoadExpectation":
+        """Reads a config: this project's, or a stock one (which has no WS).
+
+        Args:
+            cfg: CfgNode.
+
+        Returns:
+            LoadExpectation; the norm is None for a backbone that is not a ResNet.
+        """
+        name = cfg.MODEL.BACKBONE.NAME
+        ws = cfg.MODEL.WS if name.startswith("build_ws_") and "WS" in cfg.MODEL else None
+        return cls(
+            ws_formula=_formula(ws) if ws else "none",
+            norm=_NORM_KINDS.get(cfg.MODEL.RESNETS.NORM) if "resnet" in name else None,
+            pixel_mean=tuple(map(float, cfg.MODEL.PIXEL_MEAN)),
+            pixel_std=tuple(map(float, cfg.MODEL.PIXEL_STD)),
+            input_format=cfg.INPUT.FORMAT,
+            ws_eps=float(ws.EPS) if ws else None,
+        )
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> "LoadExpectation":
+        """Reads a model itself, however it was built (LazyConfig, converted by hand).
+
+        Args:
+            model: a detector or a backbone, not wrapped in DDP.
+
+        Returns:
+            LoadExpectation; the formula is None where standardized convs differ among themselves.
+        """
+        names = backbone_names(model.state_dict())
+        found = set()
+        for name, module in model.named_modules():
+            if hasattr(module, "ws_formula") and f"{name}.weight".lstrip(".") in names:
+                found.add((module.ws_formula, module.ws_eps))
+        formula, eps = next(iter(found)) if len(found) == 1 else (None, None)
+        mean, std = getattr(model, "pixel_mean", None), getattr(model, "pixel_std", None)
+        return cls(
+            ws_formula=formula if found else "none",
+            norm=norm_kind(names),
+            pixel_mean=None if mean is None else tuple(mean.flatten().tolist()),
+            pixel_std=None if std is None else tuple(std.flatten().tolist()),
+            input_format=getattr(model, "input_format", None),
+            ws_eps=eps,
+        )
+
+    def metadata(self) -> Metadata:
+        """Returns what a checkpoint saved from such a model records."""
+        return Metadata(
+            format="wsbcn_d2",
+            norm=self.norm,
+            ws_formula=self.ws_formula,
+            ws_eps=self.ws_eps,
+            pixel_mean=self.pixel_mean,
+            pixel_std=self.pixel_std,
+            input_format=self.input_format,
+        )
+
+
+def backbone_names(names) -> list[str]:
+    """The bottom-up network's names in a model's state dict.
+
+    Args:
+        names: iterable of str, all of the model's names.
+
+    Returns:
+        those below ``backbone.bottom_up.``, else below ``backbone.`` and ``roi_heads.res5.``,
+        else all of a bare ResNet's, else none; without a classifier's linear layer, which is a
+        head.
+    """
+    names = [name for name in names if not name.startswith(("backbone.linear.", "linear."))]
+    for prefixes in ((BOTTOM_UP,), ("backbone.", "roi_heads.res5.")):
+        if any(name.startswith(prefixes[0]) for name in names):
+            return [name for name in names if name.startswith(prefixes)]
+    return names if any(name.startswith("stem.") for name in names) else []
+
+
+def check_conventions(
+    state: Mapping[str, torch.Tensor],
+    recorded: Metadata | None,
+    expected: LoadExpectation,
+    path: str,
+    insist: bool = False,
+) -> list[str]:
+    """Compares a checkpoint's names and record with what a model expects.
+
+    Args:
+        state: the checkpoint's own names (before any matching) -> tensors.
+        recorded: its metadata, None if it has none.
+        expected: the model's.
+        path: for messages.
+        insist: warn of another norm or formula instead of refusing it.
+
+    Returns:
+        warnings, one line each.
+
+    Raises:
+        CheckpointError: foreign names, another norm or another WS formula. What the record only
+            presumes is a warning.
+    """
+    _refuse_foreign_names(state, path)
+    warnings: list[str] = []
+    kind = (recorded and recorded.norm) or foreign_norm_kind(state)
+    if kind and expected.norm and kind != expected.norm:
+        refuse(
+            f"{path} has a backbone with {kind} but the model's has {expected.norm}: choose "
+            f"weights with {expected.norm}, or set MODEL.RESNETS.NORM to go with {kind}",
+            warnings if insist else None,
+        )
+    formula = recorded and recorded.ws_formula
+    if formula is None:
+        if expected.ws_formula not in (None, "none") and recorded is None:
+            warnings.append(
+                f"{path} does not say how its weights were standardized; the model uses "
+                f"MODEL.WS.FORMULA {expected.ws_formula}, and another one costs accuracy"
+            )
+    elif expected.ws_formula and formula != expected.ws_formula:
+        presumed = "ws_formula" in recorded.presumed
+        refuse(
+            f"{path} was {'presumably ' if presumed else ''}trained with WS formula {formula!r} "
+            f"but the model has {expected.ws_formula!r}: {_mend(formula, expected.ws_formula)}",
+            warnings if insist or presumed else None,
+        )
+    if recorded is None:
+        return warnings
+    eps = (expected.ws_eps, recorded.ws_eps)
+    if all(eps) and expected.ws_formula != "none" and not math.isclose(*eps, rel_tol=1e-3):
+        warnings.append(f"{path}: MODEL.WS.EPS was {recorded.ws_eps}, is {expected.ws_eps}")
+    for field, key in (
+        ("input_format", "INPUT.FORMAT"),
+        ("pixel_mean", "MODEL.PIXEL_MEAN"),
+        ("pixel_std", "MODEL.PIXEL_STD"),
+    ):
+        was, now = getattr(recorded, field), getattr(expected, field)
+        if was is not None and now is not None and not _same(was, now):
+            shown = was if isinstance(was, str) else list(was)
+            warnings.append(f"{path}: trained with {key} {shown}, the model has {now}")
+    return warnings
+
+
+def refuse(text: str, warnings: list[str] | None) -> None:
+    """Raises a refusal, or where the user insists (``warnings`` is a list) makes it a warning.
+
+    Raises:
+        CheckpointError: with the way to insist.
+    """
+    if warnings is None:
+        raise CheckpointError(f"{text}; to load what fits all the same, add ?insist=True to it")
+    warnings.append(text)
+
+
+def _same(was, now):
+    if isinstance(was, str) or isinstance(now, str):
+        return was == now
+    # Models hold the numbers in float32.
+    return len(was) == len(now) and all(abs(a - b) < 1e-3 for a, b in zip(was, now, strict=True))
+
+
+def _formula(ws):
+    return ws.FORMULA if ws.KIND == "ws" else ws.KIND
+
+
+def _mend(formula, current):
+    if formula in OTHER_KINDS:
+        return f"set MODEL.WS.KIND to {formula} (and use build_ws_... and WS... parts)"
+    if current in OTHER_KINDS and formula != "none":
+        return f"set MODEL.WS.KIND to ws and MODEL.WS.FORMULA to {formula}"
+    if formula == "none":
+        return "use a stock backbone (MODEL.BACKBONE.NAME build_resnet_...) or weights with WS"
+    if current == "none":
+        return f"use a WS backbone (build_ws_resnet_...) with MODEL.WS.FORMULA {formula}"
+    return f"set MODEL.WS.FORMULA to {formula}"
+
+
+def _refuse_foreign_names(state, path):
+    try:
+        found = detect_format(state)
+    except CheckpointError:
+        return  # not a ResNet at all: the count of loaded names decides
+    if found.name in ("imagenet", "mmdet"):
+        raise CheckpointError(
+            f"{path} has the names of a {found.description}: convert it first with "
+            f"tools/convert_checkpoint.py {path} OUTPUT.pth"
+        )
+
+
+def check_coverage(
+    model: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    path: str,
+    warnings: list[str] | None = None,
+) -> tuple[int, int]:
+    """Checks that a state dict fills a model's whole backbone.
+
+    Where the checkpoint has a FPN, all of ``backbone.`` is meant, else the bottom-up network.
+
+    Args:
+        model: not wrapped in DDP.
+        state: the model's names -> tensors, after any matching.
+        path: for messages.
+        warnings: where the user insists, takes what would be refused.
+
+    Returns:
+        (number of the model's names that the checkpoint fills, number of the model's names).
+
+    Raises:
+        CheckpointError: some are missing or have another shape, or nothing fits at all.
+    """
+    own = {n: v for n, v in model.state_dict().items() if not n.endswith(OPTIONAL_SUFFIX)}
+    fits = {n for n, v in own.items() if n in state and state[n].shape == v.shape}
+    required = backbone_names(own)
+    if required and any(name.startswith("backbone.fpn_") for name in state):
+        required = [name for name in own if name.startswith("backbone.")]
+    # Old files have no statistics; Detectron2's frozen batch norm fills in the identity.
+    filled_in = {
+        f"{name}.{part}"
+        for name, module in model.named_modules()
+        if isinstance(module, FrozenBatchNorm2d) and f"{name}.running_mean" not in state
+        for part in ("running_mean", "running_var")
+    }
+    missing = [name for name in required if name not in fits and name not in filled_in]
+    if missing or not fits:
+        total = len(required) or len(own)
+        shapes = [
+            f"{name} has {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in missing
+            if name in state
+        ]
+        text = (
+            f"{path} holds {total - len(missing) if required else 0} of the model's {total} "
+            f"backbone parameters: {'; '.join(shapes[:2]) or 'missing are ' + shortened(missing)}; "
+            "choose the weights and the backbone config of one architecture"
+        )
+        if not fits:
+            raise CheckpointError(text)
+        refuse(text, warnings)
+    return len(fits), len(own)

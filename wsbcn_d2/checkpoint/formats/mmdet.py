@@ -1,0 +1,136 @@
+"""mmdetection's GN+WS Faster and Mask R-CNN, versions 2 and later and version 1.
+
+Version 1 keeps the background in row 0 of every predictor, later ones last and only in the class
+scores. Which one a file is shows in its shapes, and where they fit both (class-agnostic boxes and
+no or class-agnostic masks) in its names. (The upgrade script that mmdetection ships cuts the
+*biases* of the box and mask predictors at the wrong end; here weights and biases are cut alike. A
+file that has been through that script cannot be told from a sound one.)
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from ..errors import CheckpointError
+from ..layout import BOTTOM_UP
+from .imagenet import resnet_rules, revive_counters
+from .rules import Mapped, Rule, apply_rules
+
+_CONV_NORM = r"(?:conv\.(weight|bias)|(?:gn|bn|norm)\.(.+))"
+
+
+def _conv_or_norm(name):
+    """New name of a mmcv ConvModule's conv or norm entry; ``name`` makes the module's name."""
+    return lambda m: f"{name(int(m[1]))}." + (m[2] or f"norm.{m[3]}")
+
+
+def _background_last(tensor):
+    """Class scores (K+1, ...) with the background in row 0 -> in the last row."""
+    return torch.cat([tensor[1:], tensor[:1]])
+
+
+def _without_background(agnostic):
+    """Rows of boxes, 4(K+1), or masks, K+1, without those of class 0; agnostic ones stay."""
+    return lambda tensor: tensor if len(tensor) == agnostic else tensor[agnostic:].clone()
+
+
+def _rules(background_first):
+    move = (None, None, None)
+    if background_first:
+        move = (_background_last, _without_background(4), _without_background(1))
+    box, mask = r"(?:roi_head\.)?bbox_head\.", r"(?:roi_head\.)?mask_head\."
+    param = r"\.(weight|bias)"
+    return [
+        Rule(r"data_preprocessor\..+", None, "pixel statistics come from the config"),
+        *resnet_rules("backbone.", "", BOTTOM_UP),
+        Rule(
+            rf"neck\.lateral_convs\.([0-3])\.{_CONV_NORM}",
+            _conv_or_norm(lambda i: f"backbone.fpn_lateral{i + 2}"),
+        ),
+        Rule(
+            rf"neck\.fpn_convs\.([0-3])\.{_CONV_NORM}",
+            _conv_or_norm(lambda i: f"backbone.fpn_output{i + 2}"),
+        ),
+        Rule(rf"rpn_head\.rpn_conv{param}", r"proposal_generator.rpn_head.conv.\1"),
+        Rule(rf"rpn_head\.rpn_cls{param}", r"proposal_generator.rpn_head.objectness_logits.\1"),
+        Rule(rf"rpn_head\.rpn_reg{param}", r"proposal_generator.rpn_head.anchor_deltas.\1"),
+        Rule(
+            rf"{box}shared_convs\.(\d)\.{_CONV_NORM}",
+            _conv_or_norm(lambda i: f"roi_heads.box_head.conv{i + 1}"),
+        ),
+        Rule(
+            rf"{box}shared_fcs\.(\d){param}",
+            lambda m: f"roi_heads.box_head.fc{int(m[1]) + 1}.{m[2]}",
+        ),
+        Rule(rf"{box}fc_cls{param}", r"roi_heads.box_predictor.cls_score.\1", value=move[0]),
+        Rule(rf"{box}fc_reg{param}", r"roi_heads.box_predictor.bbox_pred.\1", value=move[1]),
+        Rule(
+            rf"{mask}convs\.(\d)\.{_CONV_NORM}",
+            _conv_or_norm(lambda i: f"roi_heads.mask_head.mask_fcn{i + 1}"),
+        ),
+        Rule(rf"{mask}upsample{param}", r"roi_heads.mask_head.deconv.\1"),
+        Rule(rf"{mask}conv_logits{param}", r"roi_heads.mask_head.predictor.\1", value=move[2]),
+    ]
+
+
+def _rows(state, name, kind):
+    for prefix in ("roi_head.", ""):
+        if f"{prefix}{name}.{kind}" in state:
+            return state[f"{prefix}{name}.{kind}"].shape[0]
+    return None
+
+
+def background_first(state: Mapping[str, torch.Tensor]) -> bool:
+    """Tells a version 1 detector (background in row 0) from a later one.
+
+    Args:
+        state: mmdetection names -> tensors.
+
+    Returns:
+        True for version 1.
+
+    Raises:
+        CheckpointError: rows that fit neither, or weights and biases that disagree.
+    """
+    later = any(name.startswith("roi_head.") for name in state)
+    verdicts = set()
+    for kind in ("weight", "bias"):
+        classes = _rows(state, "bbox_head.fc_cls", kind)
+        boxes = _rows(state, "bbox_head.fc_reg", kind)
+        masks = _rows(state, "mask_head.conv_logits", kind)
+        if classes is None or boxes is None:
+            raise CheckpointError(f"fc_cls or fc_reg has no {kind}: not a whole detector")
+        fits = {
+            first
+            for first, rows in ((True, classes), (False, classes - 1))
+            if boxes in (4, 4 * rows) and masks in (None, 1, rows)
+        }
+        if not fits:
+            raise CheckpointError(
+                f"{classes} class, {boxes} box and {masks} mask rows fit no mmdetection version"
+            )
+        verdicts.add(fits.pop() if len(fits) == 1 else not later)
+    if len(verdicts) > 1:
+        raise CheckpointError("the predictors' weights and biases are of different versions")
+    return verdicts.pop()
+
+
+def convert_mmdet(state: Mapping[str, torch.Tensor]) -> Mapped:
+    """Renames a mmdetection Faster or Mask R-CNN; version 1 predictors get the background last.
+
+    Args:
+        state: ``backbone.conv1.weight``, ``neck...``, ``roi_head...`` (version 1 without that
+            prefix).
+
+    Returns:
+        Mapped, with Detectron2's names for a FPN detector.
+
+    Raises:
+        CheckpointError: unknown keys or predictor rows of no known version.
+    """
+    first = background_first(state)
+    mapped = apply_rules(state, _rules(first), "mmdetection")
+    revive_counters(mapped, state)
+    if first:
+        mapped.notes.append("version 1: background moved from first to last")
+    return mapped

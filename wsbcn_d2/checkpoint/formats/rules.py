@@ -1,0 +1,91 @@
+"""Key renaming by table: every key of a source is mapped, dropped for a reason, or an error."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ..errors import CheckpointError, shortened
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a format's table.
+
+    Attributes:
+        pattern: regular expression that has to match a whole source key.
+        target: new name, as a template for ``re.Match.expand`` or as a function of the match;
+            None drops the key.
+        reason: why a dropped key is dropped.
+        value: what is done to the tensor, None for nothing.
+    """
+
+    pattern: str
+    target: str | Callable[[re.Match], str] | None
+    reason: str = ""
+    value: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def rename(self, match: re.Match) -> str | None:
+        """Returns the new name for a match, None where the key is to be dropped."""
+        if self.target is None:
+            return None
+        return self.target(match) if callable(self.target) else match.expand(self.target)
+
+
+@dataclass
+class Mapped:
+    """What a format's table made of a source.
+
+    Attributes:
+        state: new name -> tensor.
+        sources: new name -> source key.
+        dropped: source key -> reason.
+        notes: what the reader should know besides.
+    """
+
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def apply_rules(state: Mapping[str, torch.Tensor], rules: list[Rule], format_name: str) -> Mapped:
+    """Renames a state dict by the first rule that matches each key.
+
+    Args:
+        state: source names -> tensors; not changed.
+        rules: the format's table.
+        format_name: for error messages.
+
+    Returns:
+        Mapped; tensors that no rule changes are the source's own, not copies.
+
+    Raises:
+        CheckpointError: a key that no rule knows, or two keys that get one name.
+    """
+    compiled = [(re.compile(rule.pattern), rule) for rule in rules]
+    result, unknown = Mapped(), []
+    for key, tensor in state.items():
+        match, rule = next(
+            ((m, rule) for pattern, rule in compiled if (m := pattern.fullmatch(key))),
+            (None, None),
+        )
+        if match is None:
+            unknown.append(key)
+            continue
+        name = rule.rename(match)
+        if name is None:
+            result.dropped[key] = rule.reason
+            continue
+        if name in result.state:
+            raise CheckpointError(
+                f"keys {result.sources[name]} and {key} both mean {name}: not one model's file"
+            )
+        result.state[name] = rule.value(tensor) if rule.value else tensor
+        result.sources[name] = key
+    if unknown:
+        raise CheckpointError(
+            f"{len(unknown)} keys are unknown to the {format_name} format: {shortened(unknown)}"
+        )
+    return result

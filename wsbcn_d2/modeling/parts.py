@@ -1,0 +1,211 @@
+"""WS in any part of any model, chosen by module names, once the model is built: ``MODEL.WS.PARTS``.
+
+Detectron2's ``build_model`` is replaced, by identity, in every loaded module, as ``get_norm`` is:
+whatever script, trainer or predictor builds a model from a config, it is prepared here.
+"""
+
+import functools
+import logging
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+
+import detectron2.modeling.meta_arch.build as meta_arch
+from detectron2.config import CfgNode
+from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..layers import (
+    WS_KINDS,
+    bcn_groups,
+    convert_convs,
+    rebind,
+    set_update_rate,
+    skip_first_batch_init,
+)
+from ..layers.reparametrized_conv import ReparametrizedConv2d
+from .recomputation import modules_named
+
+__all__ = ["prepare", "register_preparation", "set_estimates", "standardize_parts"]
+
+_WILD = set("*?[")
+
+
+def standardize_parts(
+    model: nn.Module,
+    patterns: Iterable[str],
+    *,
+    kind: str = "ws",
+    formula: str = "unbiased",
+    eps: float = 1e-5,
+) -> nn.Module:
+    """Standardize, in place, the convolutions of some parts of a model that a norm follows.
+
+    Those are Detectron2's ``Conv2d`` with a norm, and convolutions (``nn.Conv2d`` too) whose
+    parent's next child is a norm of their width: a ``Sequential``, RegNet's ``conv`` and ``bn``.
+    Objects, parameters and names stay. How many were found, and what stays plain, is logged.
+
+    Args:
+        model: any.
+        patterns: names of modules, see :func:`modules_named`; ``"*"`` is the whole model. What fits
+            one that begins with ``!`` is left out. A convolution that is named in full is taken
+            whether a norm can be seen to follow it or not.
+        kind, formula, eps: see :func:`wsbcn_d2.layers.convert_convs`.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: a pattern that fits nothing, parts without a convolution to standardize, a
+            deformable one with a norm; then nothing has been converted.
+    """
+    patterns = list(patterns)
+    if not patterns:
+        return model
+    if kind not in WS_KINDS:
+        raise ValueError(f"unknown MODEL.WS.KIND {kind!r}: use one of {', '.join(WS_KINDS)}")
+    chosen = [pattern for pattern in patterns if not pattern.startswith("!")]
+    inside = set(_below(model, modules_named(model, chosen)))
+    inside -= set(_below(model, modules_named(model, [p[1:] for p in patterns if p[:1] == "!"])))
+    named = {pattern for pattern in chosen if not _WILD & set(pattern)}
+    before_norms = set(_before_norms(model))
+    take, plain, done = [], [], 0
+    for name, module in model.named_modules():
+        if name not in inside or not isinstance(module, (_ConvNd, DeformConv, ModulatedDeformConv)):
+            continue
+        normalized = getattr(module, "norm", None) is not None or module in before_norms
+        if isinstance(module, ReparametrizedConv2d):
+            done += 1
+        elif not normalized and name not in named:
+            plain.append(f"{name} (no norm)")
+        elif isinstance(module, (DeformConv, ModulatedDeformConv)):
+            raise ValueError(
+                f"cannot standardize the deformable convolution {name!r}: leave its part out, "
+                f"with {'!' + name.rpartition('.')[0]!r} or a pattern that does not fit it"
+            )
+        elif type(module) not in (Conv2d, nn.Conv2d):
+            plain.append(f"{name} ({type(module).__name__})")
+        elif module.padding_mode != "zeros":
+            plain.append(f"{name} (padding {module.padding_mode})")
+        elif module.weight[0].numel() < 2:
+            plain.append(f"{name} (one element per filter)")
+        else:
+            take.append(module)
+    if not take and not done and kind != "none":
+        what = f"; there are {', '.join(plain[:5])}" if plain else " and no convolution"
+        raise ValueError(
+            f"nothing to standardize in {', '.join(patterns)}: no convolution with a norm{what}"
+        )
+    for conv in take:
+        _convert(conv, kind=kind, formula=formula, eps=eps)
+    stay = f"; plain stay {len(plain)}: {', '.join(plain)}" if plain else ""
+    logging.getLogger(__name__).info(
+        f"{kind.upper()} in {len(take) + done} of {len(take) + done + len(plain)} convolutions of "
+        f"{', '.join(patterns)}{stay}"
+    )
+    return model
+
+
+def _below(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
+    """The named modules and all within them."""
+    prefixes = tuple(f"{name}." for name in names)
+    yield from names
+    if prefixes:
+        yield from (name for name, _ in model.named_modules() if name.startswith(prefixes))
+
+
+def _before_norms(model: nn.Module) -> Iterator[nn.Module]:
+    """Convolutions whose parent's next child is a norm of their width."""
+    for parent in model.modules():
+        children = [child for child in parent.children() if child is not None]
+        for conv, norm in zip(children, children[1:], strict=False):
+            if isinstance(conv, _ConvNd) and _width(norm) == conv.out_channels:
+                yield conv
+
+
+def _width(module: nn.Module) -> int | None:
+    """Channels of a norm, which is known by its type's name; None for what is none."""
+    if not fnmatchcase(type(module).__name__, "*[Nn]orm*"):
+        return None
+    if getattr(module, "normalized_shape", None):
+        return module.normalized_shape[-1]
+    for name in ("num_features", "num_channels"):
+        if hasattr(module, name):
+            return getattr(module, name)
+    weight = getattr(module, "weight", None)  # Detectron2's CycleBatchNormList
+    return None if weight is None else weight.numel()
+
+
+def _convert(conv: nn.Conv2d, **options) -> None:
+    if type(conv) is nn.Conv2d:
+        conv.__class__ = Conv2d
+        conv.norm = conv.activation = None
+    if conv.norm is not None:
+        convert_convs(conv, **options)
+        return
+    conv.norm = nn.Identity()  # stands for the one that is kept elsewhere
+    try:
+        convert_convs(conv, **options)
+    finally:
+        del conv.norm
+        conv.norm = None
+
+
+def set_estimates(
+    model: nn.Module, rate: float | None = None, first_batch_init: bool = True
+) -> nn.Module:
+    """Set the update rate of a model's running estimates, and how they start: the one place.
+
+    Args:
+        model: changed in place.
+        rate: ``MODEL.BCN.UPDATE_RATE``; None for what each norm has.
+        first_batch_init: ``MODEL.BCN.FIRST_BATCH_INIT``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: for a rate out of range.
+    """
+    if rate is not None:
+        set_update_rate(model, rate)
+    return model if first_batch_init else skip_first_batch_init(model)
+
+
+def prepare(model: nn.Module, cfg: CfgNode) -> nn.Module:
+    """What a config says of a model as a whole: ``MODEL.WS.PARTS``, and its running estimates.
+
+    Args:
+        model: as built, changed in place.
+        cfg: a config with this project's keys.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: see :func:`standardize_parts`.
+    """
+    ws, bcn = cfg.MODEL.WS, cfg.MODEL.BCN
+    try:
+        standardize_parts(model, ws.PARTS, kind=ws.KIND, formula=ws.FORMULA, eps=ws.EPS)
+    except ValueError as error:
+        raise ValueError(f"MODEL.WS.PARTS: {error}") from error
+    return set_estimates(model, bcn.UPDATE_RATE, bcn.FIRST_BATCH_INIT)
+
+
+def register_preparation() -> None:
+    """Make Detectron2's ``build_model`` prepare what it builds; idempotent."""
+    stock = meta_arch.build_model
+    if hasattr(stock, "prepares"):
+        return
+
+    @functools.wraps(stock)
+    def build_model(cfg):
+        if "BCN" not in cfg.MODEL or "WS" not in cfg.MODEL:  # a stock config
+            return stock(cfg)
+        with bcn_groups(cfg.MODEL.BCN.NUM_GROUPS):
+            model = stock(cfg)
+        return prepare(model, cfg)
+
+    build_model.prepares = True
+    rebind(stock, build_model)
