@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import importlib
+import importlib.util
 import pkgutil
 import re
 import sys
@@ -31,7 +32,8 @@ ALLOWED = {
     "study": {"files", "layers", "checkpoint", "engine", "config", "predictor"},
     "cli": {"checkpoint", "files", "config", "data", "engine", "predictor"},
 }
-LAYERS_MAY_IMPORT = ("torch", "detectron2.layers", "fvcore.common.registry")
+# The kernels that need Triton, which comes with PyTorch for GPUs, are in modules named triton_*.
+LAYERS_MAY_IMPORT = ("torch", "detectron2.layers", "fvcore.common.registry", "triton")
 SOURCES = sorted(
     path
     for top in ("wsbcn_d2", "tools", "configs", "tests")
@@ -171,8 +173,10 @@ def test_a_files_first_line_says_what_it_is_for():
 def test_no_module_is_hidden_by_a_name_of_its_package():
     hidden = []
     for info in pkgutil.walk_packages([str(PACKAGE)], "wsbcn_d2."):
-        module = importlib.import_module(info.name)
         package, _, name = info.name.rpartition(".")
+        if name.startswith("triton_") and not importlib.util.find_spec("triton"):
+            continue
+        module = importlib.import_module(info.name)
         if getattr(importlib.import_module(package), name) is not module:
             hidden.append(info.name)
     assert hidden == []
