@@ -26,12 +26,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.data.detection_utils import read_image
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 
 from ..config import one_line
+from ..data.picture_range import check_depth, read_picture
 from ..engine import UsageError
 from ..engine.processes import one_line_errors
 from ..files import progress, replacing
@@ -100,6 +100,8 @@ def main(argv: list[str] | None = None) -> None:
         threshold=args.threshold,
         fold=args.fold,
     )
+    for picture in pictures:
+        check_depth(picture.path, predictor.picture_range)
     count = predict_pictures(predictor, pictures, ids, args) if pictures else 0
     for source in sources:
         if source.is_video:
@@ -201,7 +203,7 @@ def predict_pictures(
     """Writes the drawn pictures and results.json; returns the number of objects."""
     results: list[dict] = []
     for image_id, source in zip(ids, progress(sources, desc="pictures"), strict=True):
-        image = read_image(source.path, format="BGR")
+        image = read_picture(source.path, "BGR", predictor.picture_range)
         predictions = predictor(image)
         results += to_coco(predictor, predictions, image_id, source.name)
         if not args.no_pictures:
