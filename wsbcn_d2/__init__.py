@@ -14,6 +14,7 @@ Where to look, bottom to top; nothing imports from further down this list:
 - batch-channel normalization: ``wsbcn_d2/layers/batch_channel_norm.py`` (BatchChannelNorm2d)
 - a norm's name in a config: ``wsbcn_d2/layers/registry.py`` (NORM_REGISTRY)
 - how the layers run fast: ``wsbcn_d2/layers/kernels/dispatch.py``
+- the reading of a YAML config: ``wsbcn_d2/safe_yaml.py`` (SafeCfgNode)
 - a config key: ``wsbcn_d2/config.py`` (add_wsbcn_config)
 - a model without WS and BCN that computes the same: ``wsbcn_d2/folding.py`` (fold)
 - a backbone's name in a config: ``wsbcn_d2/modeling/backbone.py`` (build_ws_resnet_backbone)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from .checkpoint import CheckpointError, WSBCNCheckpointer
 from .config import UsageError, load_config, one_line
-from .data import read_picture
+from .data.picture_range import read_picture
 from .engine.from_config import expectation
 from .engine.lazy import load_lazy_config
 from .folding import fold as folded
@@ -40,7 +40,7 @@ class Predictor(DefaultPredictor):
         cfg: the config.
         model: in evaluation mode; folded if asked for.
         metadata: of the first test set, with names and ids of the classes where they are known.
-        picture_range: ``INPUT.PICTURE_RANGE``, for :func:`wsbcn_d2.data.read_picture`.
+        picture_range: values that become black and white in pictures of more than 8 bits.
 
     Example::
 
@@ -139,11 +139,25 @@ class Predictor(DefaultPredictor):
                         setattr(module, name, threshold)
         return predictor
 
+    def read(self, path: str | os.PathLike) -> np.ndarray:
+        """A picture as the model was trained on them, turned as its EXIF says.
+
+        Args:
+            path: one of more than 8 bits needs ``INPUT.PICTURE_RANGE``.
+
+        Returns:
+            uint8 array (H, W, 3), BGR.
+
+        Raises:
+            DataError: for such a picture without a range.
+        """
+        return read_picture(os.fspath(path), "BGR", self.picture_range)
+
     def __call__(self, original_image: np.ndarray) -> dict:
         """Predict.
 
         Args:
-            original_image: shape (H, W, 3), BGR, 0 to 255; a model of one channel sees it grey.
+            original_image: shape (H, W, 3), BGR, 0 to 255.
 
         Returns:
             dict: the model's output for one image, by task: ``instances``
@@ -264,7 +278,7 @@ def draw_predictions(
     picks = np.linspace(0, len(records) - 1, min(num_images, len(records))).astype(int)
     paths = []
     for record in [records[i] for i in picks]:
-        image = read_picture(record["file_name"], "BGR", predictor.picture_range)
+        image = predictor.read(record["file_name"])
         predicted = predictor(image)["instances"]
         predicted = predicted[predicted.scores >= min_score]
         truth = Visualizer(image[:, :, ::-1], predictor.metadata, scale=scale)

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from .errors import DataError
 
-__all__ = ["RangeMapper", "check_depth", "check_range", "is_deep", "read_picture"]
+__all__ = ["RangeMapper", "check_range", "is_deep", "read_picture"]
 
 _PREFIX = "wsbcn-range://"
 
@@ -53,24 +53,15 @@ def read_picture(path: str, image_format: str, limits: Sequence[float] = ()) -> 
     Raises:
         DataError: such a picture without a range.
     """
-    check_depth(path, limits)
-    return read_image(_ranged(path, limits) if limits else path, image_format)
-
-
-def check_depth(path: str, limits: Sequence[float]) -> None:
-    """Refuse a picture of more than 8 bits without a range.
-
-    Raises:
-        DataError: names the picture and the key.
-    """
     if limits:
-        return
+        return read_image(_ranged(path, limits), image_format)
     with PathManager.open(path, "rb") as stream, Image.open(stream) as picture:
         if is_deep(picture):
             raise DataError(
                 f"{path} has more than 8 bits ({picture.mode}): set INPUT.PICTURE_RANGE to the "
                 "values that become black and white, such as [0, 4095]"
             )
+    return read_image(path, image_format)
 
 
 class RangeMapper:

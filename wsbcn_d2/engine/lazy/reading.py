@@ -34,7 +34,9 @@ KEYS = Keys(
 
 
 def load_lazy_config(config_file: str, overrides: Iterable[str] = ()) -> DictConfig:
-    """Read a Python config.
+    """Read a Python config, which is a program: run none that you would not run as one.
+
+    The same holds for a YAML file that was saved of one, as it names what is to be called.
 
     Without a CUDA device, ``train.device`` becomes ``cpu``. The sets of ``dataloader.coco_sets``,
     which are those of ``DATASETS.COCO_SETS``, are registered.
