@@ -19,7 +19,8 @@ ROOT = PACKAGE.parent
 ALLOWED = {
     "files": set(),
     "layers": set(),
-    "config": {"data", "layers"},
+    "safe_yaml": set(),
+    "config": {"safe_yaml", "data", "layers"},
     "folding": {"layers"},
     "data": {"files"},
     "checkpoint": {"files", "layers"},

@@ -20,8 +20,8 @@ from PIL import Image
 from .checkpoint import CheckpointError, WSBCNCheckpointer
 from .config import UsageError, load_config, one_line
 from .data.picture_range import read_picture
+from .engine.from_config import expectation
 from .engine.lazy import load_lazy_config
-from .engine.trainer import expectation
 from .folding import fold as folded
 
 if TYPE_CHECKING:  # its import needs OpenCV, prediction does not
