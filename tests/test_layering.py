@@ -19,16 +19,17 @@ ROOT = PACKAGE.parent
 ALLOWED = {
     "files": set(),
     "layers": set(),
-    "config": {"data", "layers"},
+    "safe_yaml": set(),
+    "config": {"safe_yaml", "data", "layers"},
     "folding": {"layers"},
     "data": {"files"},
     "checkpoint": {"files", "layers"},
     "modeling": {"layers"},
     "engine": {"files", "layers", "modeling", "checkpoint", "data", "config", "folding"},
-    "predictor": {"checkpoint", "config", "engine", "folding"},
+    "predictor": {"checkpoint", "config", "data", "engine", "folding"},
     "model_zoo": {"checkpoint", "config"},
     "study": {"files", "layers", "checkpoint", "engine", "config", "predictor"},
-    "cli": {"checkpoint", "files", "config", "engine", "predictor"},
+    "cli": {"checkpoint", "files", "config", "data", "engine", "predictor"},
 }
 LAYERS_MAY_IMPORT = ("torch", "detectron2.layers", "fvcore.common.registry")
 SOURCES = sorted(

@@ -3,13 +3,13 @@
 from collections.abc import Iterable
 
 import torch
-import yaml
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_detectron2_cfg
 from detectron2.utils.file_io import PathManager
 
 from .data import register_coco_sets
 from .layers import DEFAULT_UPDATE_RATE
+from .safe_yaml import SafeCfgNode
 
 __all__ = ["UsageError", "add_wsbcn_config", "get_cfg", "load_config", "one_line"]
 
@@ -105,9 +105,9 @@ def get_cfg() -> CfgNode:
     """Detectron2's default config with this project's keys added.
 
     Returns:
-        CfgNode: a new, unfrozen config.
+        SafeCfgNode: a new, unfrozen config; the files that are merged into it run no code.
     """
-    cfg = get_detectron2_cfg()
+    cfg = SafeCfgNode(get_detectron2_cfg())
     add_wsbcn_config(cfg)
     return cfg
 
@@ -146,7 +146,7 @@ def load_config(config_file: str, opts: Iterable[str] = ()) -> CfgNode:
     cfg = get_cfg()
     try:
         cfg.merge_from_file(config_file)
-    except (KeyError, ValueError, AssertionError, OSError, yaml.YAMLError) as error:
+    except (KeyError, ValueError, TypeError, AssertionError, OSError) as error:
         raise UsageError(f"config file {config_file!r}: {one_line(error)}") from error
     try:
         cfg.merge_from_list(list(opts))

@@ -13,15 +13,15 @@ import yaml
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from .checkpoint import CheckpointError, WSBCNCheckpointer
 from .config import UsageError, load_config, one_line
+from .data.picture_range import read_picture
+from .engine.from_config import expectation
 from .engine.lazy import load_lazy_config
-from .engine.trainer import expectation
 from .folding import fold as folded
 
 if TYPE_CHECKING:  # its import needs OpenCV, prediction does not
@@ -132,6 +132,21 @@ class Predictor(DefaultPredictor):
                     if hasattr(module, name):
                         setattr(module, name, threshold)
         return predictor
+
+    def read(self, path: str | os.PathLike) -> np.ndarray:
+        """A picture as the model was trained on them, turned as its EXIF says.
+
+        Args:
+            path: one of more than 8 bits needs ``INPUT.PICTURE_RANGE``.
+
+        Returns:
+            uint8 array (H, W, 3), BGR.
+
+        Raises:
+            DataError: for such a picture without a range.
+        """
+        limits = self.cfg.INPUT.PICTURE_RANGE if isinstance(self.cfg, CfgNode) else ()
+        return read_picture(os.fspath(path), "BGR", limits)
 
     def __call__(self, original_image: np.ndarray) -> dict:
         """Predict.
@@ -255,7 +270,7 @@ def draw_predictions(
     picks = np.linspace(0, len(records) - 1, min(num_images, len(records))).astype(int)
     paths = []
     for record in [records[i] for i in picks]:
-        image = read_image(record["file_name"], format="BGR")
+        image = predictor.read(record["file_name"])
         predicted = predictor(image)["instances"]
         predicted = predicted[predicted.scores >= min_score]
         truth = Visualizer(image[:, :, ::-1], predictor.metadata, scale=scale)

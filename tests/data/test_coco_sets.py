@@ -17,7 +17,7 @@ from wsbcn_d2.data import DataError, classes_of, read_picture, register_coco_set
 from wsbcn_d2.data.checks import look, look_at, memory
 from wsbcn_d2.data.checks.masks import _unpack
 from wsbcn_d2.engine import load_config
-from wsbcn_d2.engine.trainer import schedule_by_epochs
+from wsbcn_d2.engine.from_config import schedule_by_epochs
 
 CONFIG = str(ROOT / "configs" / "shapes" / "mask_rcnn_R_18_FPN_gn_ws.yaml")
 EXIF_ORIENTATION = 0x0112

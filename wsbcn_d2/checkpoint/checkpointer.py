@@ -7,6 +7,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from fvcore.common.checkpoint import Checkpointer
 
+from ..layers import BatchChannelNorm2d
 from .catalog.entries import PREFIX
 from .catalog.fetching import read_entry
 from .checks import LoadExpectation, check_conventions, check_coverage
@@ -106,7 +107,11 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
 
     def save(self, name, **kwargs):
         """As fvcore's, with the model's conventions recorded."""
-        kwargs.setdefault(METADATA_KEY, self.expected.metadata().as_dict())
+        metadata = self.expected.metadata().as_dict()
+        norms = [m for m in self.model.modules() if isinstance(m, BatchChannelNorm2d)]
+        if norms:  # MODEL.BCN.NUM_GROUPS, as it turned out
+            metadata["bcn_groups"] = sorted({norm.num_groups for norm in norms})
+        kwargs.setdefault(METADATA_KEY, metadata)
         super().save(name, **kwargs)
 
     def _without_options(self, path):

@@ -46,6 +46,8 @@ def _entries(archive: zipfile.ZipFile, size: int) -> tuple[str, dict[str, zipfil
     entries = {entry.filename: entry for entry in archive.infolist()}
     if len({name.lower() for name in entries}) != len(archive.infolist()):
         raise CheckpointError("two of its entries have one name, if case is ignored")
+    if any(name.partition("/")[2].startswith(_TORCHSCRIPT) for name in entries):
+        raise CheckpointError("it is a TorchScript program: save the model's state_dict() instead")
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()):
         raise CheckpointError("it is compressed, which torch.save never does")
     if sum(entry.file_size for entry in entries.values()) > size:
@@ -54,8 +56,6 @@ def _entries(archive: zipfile.ZipFile, size: int) -> tuple[str, dict[str, zipfil
     if len(roots) != 1:
         raise CheckpointError("it is a zip file without torch's data.pkl")
     root = roots[0].removesuffix("data.pkl")
-    if any(name.removeprefix(root).startswith(_TORCHSCRIPT) for name in entries):
-        raise CheckpointError("it is a TorchScript program: save the model's state_dict() instead")
     if root + "byteorder" in entries and archive.read(root + "byteorder") != b"little":
         raise CheckpointError("it was saved on a big-endian machine")
     return root, entries

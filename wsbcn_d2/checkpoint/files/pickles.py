@@ -269,6 +269,14 @@ class _Item:
         return cost
 
 
+class _Bounded:
+    """A file whose reads ask for no more memory than it has bytes."""
+
+    def __init__(self, stream, size):
+        self.tell, self.readline = stream.tell, stream.readline
+        self.read = lambda count: stream.read(min(count, size))
+
+
 def check_opcodes(stream: BinaryIO, size: int) -> None:
     """Goes through a pickle's operations without carrying them out; leaves the stream behind it.
 
@@ -288,8 +296,10 @@ def check_opcodes(stream: BinaryIO, size: int) -> None:
     stack: list[_Item] = []
     marks: list[int] = []
     memo: dict[int, _Item] = {}
-    for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
+    for count, (opcode, arg, _) in enumerate(pickletools.genops(_Bounded(stream, size))):
         name, before = opcode.name, opcode.stack_before
+        if name == "FRAME" and arg > size:
+            raise CheckpointError("it announces more than it holds: cut short?")
         if name == "MARK":
             marks.append(len(stack))
         elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
