@@ -107,7 +107,8 @@ class _Code:
 
 
 @functools.cache
-def _code(kernel, kinds: tuple, warps: int, constants: tuple) -> _Code:
+def code(kernel, kinds: tuple, warps: int, constants: tuple) -> _Code:
+    """The one form of a kernel for given types and constants."""
     return _Code(kernel, warps, constants)
 
 
@@ -125,7 +126,7 @@ class Launch:
             sizes: integers that the kernel is not specialized on.
             warps: per program.
         """
-        self._code = _code(kernel, kinds, warps, tuple(constants.items()))
+        self._code = code(kernel, kinds, warps, tuple(constants.items()))
         self._programs, self._sizes = programs, sizes
         self._tail = (*sizes, *constants.values())
 
@@ -136,11 +137,11 @@ class Launch:
             stream: as :func:`stream_of` the tensors finds it.
             *args: tensors and scalars; None for what is absent.
         """
-        code = self._code
-        if code.run is None or stream is None:
-            code.launch(self._programs, stream is not None, (*args, *self._sizes))
+        form = self._code
+        if form.run is None or stream is None:
+            form.launch(self._programs, stream is not None, (*args, *self._sizes))
         else:
-            code.run(
-                self._programs, 1, 1, stream, code.function, code.metadata, None, None, None,
+            form.run(
+                self._programs, 1, 1, stream, form.function, form.metadata, None, None, None,
                 *args, *self._tail,
             )  # fmt: skip
