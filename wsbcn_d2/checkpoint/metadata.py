@@ -86,7 +86,7 @@ class Metadata:
         }
 
     @classmethod
-    def from_dict(cls, data) -> "Metadata":
+    def from_dict(cls, data: object) -> "Metadata":
         """Reads what `as_dict` wrote; unknown entries (a later version's) are ignored.
 
         Raises:
