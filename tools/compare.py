@@ -20,7 +20,7 @@ Options may stand in a file, named as @FILE. The studies of this project do, bes
     tools/compare.py @configs/shapes/results/NAME.args
 
 It reports at once from the committed records (of two of one run, that of the first folder named);
-without its line --records it trains. tools/update_results.py does so for all, tables and pages.
+without its line --records it trains. tools/results/update.py does so for all, tables and pages.
 glibc's thresholds save page faults, a sixth of each step on a CPU:
 
     export MALLOC_MMAP_THRESHOLD_=2147483648 MALLOC_TRIM_THRESHOLD_=8589934592

@@ -20,7 +20,7 @@ from wsbcn_d2.engine import UsageError, check_config, load_config
 from wsbcn_d2.files import locked
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOL = ROOT / "tools" / "datasets" / "prepare_nuclei.py"
+TOOL = ROOT / "tools" / "prepare_nuclei.py"
 
 
 def png(pixels, mode=None):

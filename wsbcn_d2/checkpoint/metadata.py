@@ -39,7 +39,7 @@ def _is_number(value):
 
 
 def _are_numbers(value):
-    return isinstance(value, tuple) and len(value) == 3 and all(map(_is_number, value))
+    return isinstance(value, tuple) and bool(value) and all(map(_is_number, value))
 
 
 _VALID = {

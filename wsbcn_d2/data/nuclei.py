@@ -1,4 +1,4 @@
-"""Registers "nuclei", microscopy images prepared by ``tools/datasets/prepare_nuclei.py``.
+"""Registers "nuclei", microscopy images prepared by ``tools/prepare_nuclei.py``.
 
 The set is stage1_train of the 2018 Data Science Bowl (BBBC038v1, Broad Institute, CC0 1.0).
 """
@@ -40,7 +40,7 @@ def register_nuclei(root: str | os.PathLike | None = None) -> None:
             name,
             {
                 "how_to_get": f"get stage1_train.zip (CC0) from {NUCLEI_SOURCE}, run "
-                "tools/datasets/prepare_nuclei.py stage1_train.zip",
+                "tools/prepare_nuclei.py stage1_train.zip",
             },
             str(folder / "annotations" / f"{split}.json"),
             str(folder / split),

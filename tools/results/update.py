@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Make the committed results anew from the committed records: tables, pages, figures.
 
-    tools/update_results.py [--check] [FOLDER ...]
+    tools/results/update.py [--check] [FOLDER ...]
 
 A folder of results (all of configs/*/results by default) has a NAME.args per study: arguments of
 tools/compare.py. Of each are made NAME.csv, NAME_runs.csv and, if variants share seeds,
@@ -15,14 +15,15 @@ import re
 import sys
 from pathlib import Path
 
-import compare
-
 from wsbcn_d2.engine import UsageError
 from wsbcn_d2.files import replacing
 from wsbcn_d2.study.pages import fill_page
 from wsbcn_d2.study.pairs import compare_pairs, pairs_csv
 from wsbcn_d2.study.plots import make_figures, png_bytes
 from wsbcn_d2.study.summary import runs_csv, summarize, summary_csv
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import compare  # a command beside this folder
 
 
 def records_of(folder, name):

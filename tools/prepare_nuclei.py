@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Prepare cell nuclei, or any set of one mask file per object, as a COCO-format data set.
 
-    tools/datasets/prepare_nuclei.py stage1_train.zip --val-names configs/nuclei/val.txt
-    tools/datasets/prepare_nuclei.py FOLDER_OR_ZIP --name cells --category cell
+    tools/prepare_nuclei.py stage1_train.zip --val-names configs/nuclei/val.txt
+    tools/prepare_nuclei.py FOLDER_OR_ZIP --name cells --category cell
 
 Reads the set as published: a folder per picture, the picture in NAME/images, its masks in
 NAME/masks. Writes NAME/annotations/{train,val}.json and the pictures below $DETECTRON2_DATASETS
