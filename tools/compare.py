@@ -155,10 +155,9 @@ def check(runs):
             check_config(load_config(run.config_file, run.overrides))
 
 
-def finished_runs(args):
-    """Records of the runs that the command line asks for, and the names of those without one."""
-    runs = plan(args)
-    return _with_records(runs, find_records(Path(args.output) / "records", *args.records))
+def recorded_runs(args):
+    """What --records has of the runs that are asked for, and the names of those that it lacks."""
+    return _with_records(plan(args), find_records(*args.records))
 
 
 def _with_records(runs, records):

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from wsbcn_d2.study import write_record
 from wsbcn_d2.study.pages import prose
 
-from .helpers import TOOL, load_tool
+from .helpers import TOOL, load_tool, make_record
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "configs" / "shapes" / "results"
@@ -104,8 +105,16 @@ def test_a_study_without_all_of_its_records_makes_nothing(tool, tmp_path, monkey
     folder = tmp_path / "results"
     folder.mkdir()
     (folder / "README.md").write_text("<!-- ap: x -->\n<!-- end -->")
+    assert tool.main([str(folder)]) == 2
+    assert "x.args not found" in capsys.readouterr().err
     args = (RESULTS / "long.args").read_text().replace("1 2 3", "1 2 3 99")
+    args = args.replace("output/long", str(tmp_path / "out"))
     (folder / "x.args").write_text(args)
+    # A run that was done here is no committed record.
+    runs = COMPARE.plan(COMPARE.parse([f"@{folder / 'x.args'}"]))
+    run = next(run for run in runs if run.seed == 99)
+    local = make_record(run.variant, 1, 99, settings=run.settings)
+    write_record(local, tmp_path / "out" / "records" / f"{run.name}.json")
     assert tool.main([str(folder)]) == 2
     assert re.match(
         r"error: .*x\.args: no record of gn_ws_1img_seed99_\w+\n", capsys.readouterr().err

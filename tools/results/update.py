@@ -27,11 +27,13 @@ import compare  # a command beside this folder
 
 
 def records_of(folder, name):
-    """The records of a study, all of them; a run without one is an error."""
-    args = compare.parse([f"@{folder / name}.args"])
-    finished, missing = compare.finished_runs(args)
+    """The committed records of a study, all of them; a run without one is an error."""
+    path = folder / f"{name}.args"
+    if not path.is_file():
+        raise UsageError(f"{path} not found: a page asks for the table of that study")
+    finished, missing = compare.recorded_runs(compare.parse([f"@{path}"]))
     if missing:
-        raise UsageError(f"{folder / name}.args: no record of {missing[0]}")
+        raise UsageError(f"{path}: no record of {missing[0]}")
     return finished
 
 
@@ -45,7 +47,7 @@ def made(folder):
             files[folder / f"{name}_pairs.csv"] = pairs_csv(pairs)
         files[folder / f"{name}_runs.csv"] = runs_csv(records)
     page = folder / "README.md"
-    files[page] = fill_page(page.read_text(), studies.__getitem__)
+    files[page] = fill_page(page.read_text(), lambda name: records_of(folder, name))
     return studies, files
 
 
@@ -79,7 +81,7 @@ def main(argv=None) -> int:
                 write(folder / "plots" / f"{name}-{figure}.png", content)
         if not args.folders:
             differ += [p for p, text in main_page().items() if update(p, text, args.check)]
-    except (UsageError, OSError, KeyError, ValueError) as error:
+    except (UsageError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for path in differ:
