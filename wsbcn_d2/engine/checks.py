@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from urllib.parse import urlparse
 
 import torch
 from detectron2.config import CfgNode
@@ -19,7 +18,7 @@ from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from ..checkpoint import LoadExpectation, WSBCNCheckpointer
+from ..checkpoint import LoadExpectation, WSBCNCheckpointer, split_options
 from ..config import UsageError, one_line
 from ..data import classification_mapper
 from ..data.checks import Wanted, check_sets
@@ -271,7 +270,7 @@ def _check_batch(setup: Setup, world_size: int) -> None:
 
 def _check_weights(weights: str, key: str) -> None:
     """Refuse the path of a checkpoint that is absent; URLs are left to the loading."""
-    path = urlparse(weights)._replace(query="").geturl()
+    path, _ = split_options(weights)
     if not path or "://" in path:  # nothing to load, or resolved and checked on loading
         return
     if not PathManager.isfile(path):
