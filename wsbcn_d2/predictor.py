@@ -17,7 +17,7 @@ from detectron2.engine import DefaultPredictor
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from .checkpoint import CheckpointError, WSBCNCheckpointer
+from .checkpoint import CheckpointError, WSBCNCheckpointer, split_options
 from .config import UsageError, load_config, one_line
 from .data.picture_range import read_picture
 from .engine.from_config import expectation
@@ -113,10 +113,11 @@ class Predictor(DefaultPredictor):
             UsageError, CheckpointError: one line that names the culprit and the mend.
         """
         path = os.fspath(weights)
-        if "://" not in path and not os.path.isfile(path):
-            raise UsageError(f"checkpoint {path!r} not found: check its path")
+        file, _ = split_options(path)
+        if "://" not in file and not os.path.isfile(file):
+            raise UsageError(f"checkpoint {file!r} not found: check its path")
         if config_file is None:
-            config_file = _config_beside(path)
+            config_file = _config_beside(file)
         elif _is_lazy(os.fspath(config_file)):
             opts = [*opts, f"train.init_checkpoint={path!r}"]
             cfg = load_lazy_config(os.fspath(config_file), opts)
