@@ -17,7 +17,7 @@ from detectron2.engine import DefaultPredictor
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from .checkpoint import CheckpointError, WSBCNCheckpointer
+from .checkpoint import CheckpointError, WSBCNCheckpointer, split_options
 from .config import UsageError, load_config, one_line
 from .data.picture_range import read_picture
 from .engine.from_config import expectation
@@ -40,6 +40,7 @@ class Predictor(DefaultPredictor):
         cfg: the config.
         model: in evaluation mode; folded if asked for.
         metadata: of the first test set, with names and ids of the classes where they are known.
+        picture_range: values that become black and white in pictures of more than 8 bits.
 
     Example::
 
@@ -61,7 +62,10 @@ class Predictor(DefaultPredictor):
             unloaded = cfg.clone()
             unloaded.defrost()
             unloaded.MODEL.WEIGHTS = ""
+            if cfg.INPUT.FORMAT == "L":  # which the parent does not take
+                unloaded.INPUT.FORMAT = "BGR"
             super().__init__(unloaded)
+            self.picture_range = cfg.INPUT.PICTURE_RANGE
             weights, expected = cfg.MODEL.WEIGHTS, expectation(cfg, self.model)
             self.cfg = cfg.clone()
         else:
@@ -80,6 +84,8 @@ class Predictor(DefaultPredictor):
         for name in [names] if isinstance(names, str) else names[:1]:
             self.metadata = MetadataCatalog.get(name)
         mapper = cfg.dataloader.test.mapper
+        self.picture_range = list(mapper.get("limits", []))
+        mapper = mapper.get("mapper", mapper)  # of a RangeMapper
         self.input_format = mapper.image_format
         self.aug = _Sequence(instantiate(list(mapper.augmentations)))
 
@@ -107,10 +113,11 @@ class Predictor(DefaultPredictor):
             UsageError, CheckpointError: one line that names the culprit and the mend.
         """
         path = os.fspath(weights)
-        if "://" not in path and not os.path.isfile(path):
-            raise UsageError(f"checkpoint {path!r} not found: check its path")
+        file, _ = split_options(path)
+        if "://" not in file and not os.path.isfile(file):
+            raise UsageError(f"checkpoint {file!r} not found: check its path")
         if config_file is None:
-            config_file = _config_beside(path)
+            config_file = _config_beside(file)
         elif _is_lazy(os.fspath(config_file)):
             opts = [*opts, f"train.init_checkpoint={path!r}"]
             cfg = load_lazy_config(os.fspath(config_file), opts)
@@ -145,8 +152,7 @@ class Predictor(DefaultPredictor):
         Raises:
             DataError: for such a picture without a range.
         """
-        limits = self.cfg.INPUT.PICTURE_RANGE if isinstance(self.cfg, CfgNode) else ()
-        return read_picture(os.fspath(path), "BGR", limits)
+        return read_picture(os.fspath(path), "BGR", self.picture_range)
 
     def __call__(self, original_image: np.ndarray) -> dict:
         """Predict.
@@ -165,6 +171,9 @@ class Predictor(DefaultPredictor):
             raise ValueError(
                 f"a picture has shape (height, width, 3), not {tuple(original_image.shape)}"
             )
+        if isinstance(self.cfg, CfgNode) and self.cfg.INPUT.FORMAT == "L":
+            grey = Image.fromarray(original_image[:, :, ::-1]).convert("L")
+            original_image = np.asarray(grey)[:, :, None]
         return super().__call__(original_image)
 
     def draw(self, image: np.ndarray, predictions: dict, *, scale: float = 1.0) -> VisImage:

@@ -1,5 +1,6 @@
 """Loading is never silent: what is refused, what is warned about, what goes through."""
 
+import contextlib
 import functools
 import logging
 import pickle
@@ -13,7 +14,10 @@ from wsbcn_d2.checkpoint import (
     CheckpointError,
     LoadExpectation,
     Metadata,
+    Options,
     WSBCNCheckpointer,
+    convert_file,
+    split_options,
     write_checkpoint,
 )
 
@@ -280,3 +284,119 @@ def test_bad_contents(tmp_path):
     ):
         torch.save(content, tmp_path / "a.pth")
         refused(model(), str(tmp_path / "a.pth"), match)
+
+
+def test_what_was_presumed_warns_and_what_was_said_refuses(tmp_path, caplog):
+    """A plain GN file, recorded as usual for GN files, into the model that it is right for."""
+    state = {n: v for n, v in weights("GN").items() if "bottom_up" in n}
+    presumed = meta(norm="GN", ws_formula="unbiased_std", presumed=("ws_formula",))
+    path = save(tmp_path / "a.pth", state, presumed)
+    net = model("GN", "none")
+    text = warned(caplog, net, path)
+    assert "was presumably trained with WS formula 'unbiased_std'" in text[0]
+    assert same(net, weights("GN"), list(state))
+    path = save(tmp_path / "b.pth", state, meta(norm="GN", ws_formula="unbiased_std"))
+    refused(model("GN", "none"), path, "was trained with WS formula .*insist=True")
+    # From a foreign file: its name is a hint, --formula is a fact, GN into its right model works.
+    names = {n: torch.zeros(s) for n, s in src.resnet_entries(src.Net()) if not n.startswith("fc.")}
+    torch.save(names, tmp_path / "resnet50.pth")
+    for formula, error in ((None, False), ("unbiased_std", True)):
+        target = str(tmp_path / "converted.pth")
+        convert_file(str(tmp_path / "resnet50.pth"), target, Options(formula=formula))
+        net = ours.Parts(ours.config(50, formula="none"), heads=False)
+        with pytest.raises(CheckpointError) if error else contextlib.nullcontext():
+            WSBCNCheckpointer(net).load(target)
+
+
+INSIST = {
+    "GN into GN+WS": (dict(norm="GN", ws_formula="none"), "GN", "GN", "unbiased_std"),
+    "another formula": (dict(ws_formula="biased"), "BCN", "BCN", "unbiased"),
+    "another norm": (dict(norm="GN", ws_formula=None), "GN", "BCN", "unbiased"),
+}
+
+
+@pytest.mark.parametrize("case", INSIST)
+def test_one_way_to_insist(case, tmp_path, caplog):
+    record, have, want, formula = INSIST[case]
+    path = save(tmp_path / "a.pth", weights(have), meta(**record))
+    refused(model(want, formula), path, r"add \?insist=True")
+    refused(model(want, formula), path + "?insist=False", r"add \?insist=True")
+    net = model(want, formula)
+    text = warned(caplog, net, path + "?insist=True")
+    assert text and same(net, weights(have), ["backbone.bottom_up.res3.1.conv2.weight"])
+
+
+def fpn(norm="GN", levels=(2, 3, 4, 5)):
+    """Names of a FPN without norms, as Detectron2's zoo has them."""
+    state = {n: v for n, v in weights(norm).items() if "bottom_up" in n}
+    for level in levels:
+        state[f"backbone.fpn_lateral{level}.weight"] = torch.rand(256, 64 * 2 ** (level - 2), 1, 1)
+        state[f"backbone.fpn_output{level}.weight"] = torch.rand(256, 256, 3, 3)
+        for part in ("lateral", "output"):
+            state[f"backbone.fpn_{part}{level}.bias"] = torch.rand(256)
+    return state
+
+
+@pytest.mark.parametrize("levels", [(2, 3, 4, 5), (3, 4, 5)], ids=["zoo", "RetinaNet"])
+def test_insisting_on_another_fpn(levels, tmp_path, caplog):
+    """A zoo FPN into FPN.NORM GN; a RetinaNet, which has no level 2, into Mask R-CNN."""
+    state = fpn(levels=levels)
+    path = save(tmp_path / "a.pth", state)
+    refused(model("GN", "none"), path, "missing are backbone.fpn_.*insist=True")
+    net = model("GN", "none")
+    assert len(warned(caplog, net, path + "?insist=True")) >= 1
+    assert same(net, state, [n for n in state if n.endswith(".weight")])
+    # There is nothing to insist on where nothing fits.
+    path = save(tmp_path / "b.pth", {"surprise.weight": torch.ones(1)})
+    refused(model("GN"), path + "?insist=True", "holds 0 of")
+
+
+def test_options_of_a_path(tmp_path):
+    assert split_options("") == ("", set())
+    assert split_options("a.pth") == ("a.pth", set())
+    assert split_options("wsbcn://x/y?insist=True") == ("wsbcn://x/y", {"insist"})
+    both = split_options("a.pth?insist=True&matching_heuristics=True")
+    assert both == ("a.pth", {"insist", "matching_heuristics"})
+    assert split_options("a.pth?insist=False") == ("a.pth", set())
+    for path in ("a.pth?", "a.pth?x", "a.pth?insists=True", "https://x/a.pth?download=1"):
+        with pytest.raises(CheckpointError, match="unknown query.*known are insist"):
+            split_options(path)
+    for name in ("a?b.pth", "a#b.pth", "a?insist=True", "a b%20.pth"):
+        path = save(tmp_path / name, weights(), meta())
+        assert split_options(path) == (path, set())
+        for end in ("", "?insist=True"):
+            net = model()
+            WSBCNCheckpointer(net).load(path + end)
+            assert same(net, weights())
+
+
+def test_one_line_for_contents_of_any_kind(tmp_path):
+    for content, match in (
+        ({"model": {1: torch.ones(1)}}, "keys are not names"),
+        ({"model": {"a\nb\x1b[31m": 3}}, "Unsupported type"),
+        ({"model": {"a": torch.ones(1).expand(10**9)}}, "too little data"),
+        ({"model": weights(), "wsbcn_d2": {"ws_eps": "x"}}, "ws_eps is 'x'"),
+        ({"model": weights(), "wsbcn_d2": {"ws_eps": float("nan")}}, "ws_eps is 'nan'"),
+        ({"model": weights(), "wsbcn_d2": {"pixel_mean": [1, 2]}}, "pixel_mean is"),
+        ({"model": weights(), "wsbcn_d2": {"pixel_std": 3}}, "pixel_std is '3'"),
+        ({"model": weights(), "wsbcn_d2": {"input_format": 3}}, "input_format is '3'"),
+        ({"model": weights(), "wsbcn_d2": {"norm": ["GN"]}}, "norm is"),
+        ({"model": weights(), "wsbcn_d2": {"ws_formula": [1]}}, "ws_formula is"),
+        ({"model": weights(), "wsbcn_d2": {"presumed": "ws_formula"}}, "presumed is"),
+        ([weights()], "holds a list"),
+        (torch.ones(2), "holds a Tensor"),
+    ):
+        torch.save(content, tmp_path / "a.pth")
+        for path in ("a.pth", "a.pth?insist=True", "a.pth?matching_heuristics=True"):
+            refused(model(), str(tmp_path / path), match)
+
+
+def test_records_may_lack_any_field(tmp_path):
+    """Each missing one is unknown, which is no reason to refuse."""
+    whole = meta().as_dict()
+    for key in whole:
+        record = {k: v for k, v in whole.items() if k != key}
+        torch.save({"model": weights(), "wsbcn_d2": record}, tmp_path / "a.pth")
+        WSBCNCheckpointer(model()).load(str(tmp_path / "a.pth"))
+    torch.save({"model": weights(), "wsbcn_d2": {"of a later version": 1}}, tmp_path / "a.pth")
+    WSBCNCheckpointer(model()).load(str(tmp_path / "a.pth"))

@@ -2,7 +2,7 @@
 
 from .catalog.entries import CATALOG
 from .catalog.fetching import fetch, register
-from .checkpointer import WSBCNCheckpointer
+from .checkpointer import WSBCNCheckpointer, split_options
 from .checks import LoadExpectation
 from .conversion import TARGETS, Options, convert, convert_file, write_checkpoint
 from .errors import CheckpointError
@@ -31,6 +31,7 @@ __all__ = [
     "detect_format",
     "fetch",
     "read_checkpoint",
+    "split_options",
     "write_checkpoint",
 ]
 

@@ -6,6 +6,7 @@ from urllib.parse import parse_qsl
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from fvcore.common.checkpoint import Checkpointer
+from torch import nn
 
 from ..layers import BatchChannelNorm2d
 from .catalog.entries import PREFIX
@@ -58,10 +59,10 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
 
     def __init__(
         self,
-        model,
-        save_dir="",
+        model: nn.Module,
+        save_dir: str = "",
         *,
-        save_to_disk=None,
+        save_to_disk: bool | None = None,
         expected: LoadExpectation | None = None,
         **checkpointables,
     ):
@@ -76,7 +77,7 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
         self._path = ""
         self._options: set[str] = set()
 
-    def load(self, path, *args, **kwargs):
+    def load(self, path: str | os.PathLike | None, *args, **kwargs) -> dict:
         """Loads from a path, URL or catalog name.
 
         Args:
@@ -93,7 +94,7 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
             return Checkpointer.load(self, path, *args, **kwargs)
         return super().load(path, *args, **kwargs)
 
-    def check(self, path):
+    def check(self, path: str | os.PathLike | None) -> None:
         """Goes as far as :meth:`load` without touching the model, which may be on "meta".
 
         Args:
@@ -105,7 +106,7 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
         if path := self._without_options(path):
             self._accepted(self._load_file(self.path_manager.get_local_path(path)))
 
-    def save(self, name, **kwargs):
+    def save(self, name: str, **kwargs) -> None:
         """As fvcore's, with the model's conventions recorded."""
         metadata = self.expected.metadata().as_dict()
         norms = [m for m in self.model.modules() if isinstance(m, BatchChannelNorm2d)]

@@ -2,7 +2,13 @@
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used as asked; the message is one line with the mend in it."""
+    """A checkpoint that cannot be used as asked; the message is one line with the mend in it.
+
+    Names from a file may be in it: what does not print becomes a space.
+    """
+
+    def __init__(self, text: object):
+        super().__init__("".join(c if c.isprintable() else " " for c in str(text)))
 
 
 class NotAdmittedError(CheckpointError):

@@ -7,6 +7,7 @@ import os
 import weakref
 from argparse import Namespace
 from collections import OrderedDict
+from collections.abc import Iterable
 from unittest import mock
 
 from detectron2.config import CfgNode
@@ -70,13 +71,13 @@ class Trainer(DefaultTrainer):
         return recompute(super().build_model(cfg), cfg.MODEL.RECOMPUTE)
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode):
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable[list[dict]]:
         """Detectron2's loader, on :func:`build_mapper`."""
         mapper = build_mapper(cfg, cfg.DATASETS.TRAIN, is_train=True)
         return build_detection_train_loader(cfg, mapper=mapper)
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[list[dict]]:
         """Detectron2's loader, or :func:`wsbcn_d2.data.classification_test_loader`."""
         loader = classification_test_loader(cfg, dataset_name)
         if loader is None:
@@ -148,7 +149,7 @@ class Trainer(DefaultTrainer):
         return build_evaluator(cfg, dataset_name, output_folder)
 
     @classmethod
-    def test_with_TTA(cls, cfg: CfgNode, model) -> OrderedDict:
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict:
         """Evaluate with test-time augmentation (``TEST.AUG``); R-CNN models only.
 
         Returns:

@@ -1,11 +1,8 @@
 """Catalog names through Detectron2's PathManager, against a server on this machine."""
 
 import hashlib
-import http.server
-import io
 import logging
 import runpy
-import threading
 from pathlib import Path
 
 import pytest
@@ -15,94 +12,10 @@ from detectron2.utils.file_io import PathManager
 from wsbcn_d2.checkpoint import CATALOG, CheckpointError, WSBCNCheckpointer, fetch
 from wsbcn_d2.checkpoint.catalog.entries import Entry, url_digest, url_file_name
 from wsbcn_d2.checkpoint.catalog.fetching import read_entry
-from wsbcn_d2.checkpoint.metadata import IMAGENET_RGB
 
 from .. import source_models as src
 from ..test_checkpointer import model, same
-
-NAME = "ImageNetPretrained/test"
-
-
-def resnet18(value=0.5, dtype=torch.float16):
-    """A GN R-18 in torchvision's names."""
-    state, channels = {"conv1.weight": (64, 3, 7, 7), "bn1.weight": (64,), "bn1.bias": (64,)}, 64
-    for stage in range(4):
-        out = 64 * 2**stage
-        for block in range(2):
-            name = f"layer{stage + 1}.{block}."
-            for number, inputs in ((1, channels), (2, out)):
-                state[f"{name}conv{number}.weight"] = (out, inputs, 3, 3)
-                state[f"{name}bn{number}.weight"] = state[f"{name}bn{number}.bias"] = (out,)
-            if channels != out:
-                state[f"{name}downsample.0.weight"] = (out, channels, 1, 1)
-                state[f"{name}downsample.1.weight"] = state[f"{name}downsample.1.bias"] = (out,)
-            channels = out
-    return {name: torch.full(shape, value, dtype=dtype) for name, shape in state.items()}
-
-
-def packed(data):
-    buffer = io.BytesIO()
-    torch.save(data, buffer)
-    return buffer.getvalue()
-
-
-@pytest.fixture(scope="module")
-def good():
-    return packed({"state_dict": resnet18()})
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers by path; what was asked for is kept in ``server.log``."""
-
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        self.server.log.append(self.path)
-        status, headers, body = self.server.answers.get(self.path, (404, {}, b"gone"))
-        self.send_response(status)
-        for key, value in ({"Content-Length": str(len(body))} | headers).items():
-            if value is not None:
-                self.send_header(key, value)
-        self.end_headers()
-        self.wfile.write(body)
-        self.close_connection = True
-
-
-@pytest.fixture
-def server(monkeypatch):
-    for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(variable, raising=False)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        running.answers, running.log = {}, []
-        running.url = f"http://127.0.0.1:{running.server_address[1]}"
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
-        thread.start()
-        yield running
-        running.shutdown()
-        thread.join(10)
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("WSBCN_CHECKPOINTS", raising=False)
-    return tmp_path / "cache" / "wsbcn_d2" / "ImageNetPretrained" / "test"
-
-
-@pytest.fixture
-def entry(monkeypatch, server):
-    def put(*paths, **changes):
-        urls = tuple(f"{server.url}{path}" for path in paths)
-        values = dict(norm="GN", formula="unbiased_std", pixels=IMAGENET_RGB, detector=False)
-        values |= dict(licence="not stated", score="none") | changes
-        monkeypatch.setitem(CATALOG, NAME, Entry(name=NAME, urls=urls, **values))
-
-    return put
-
-
-def leftovers(cache):
-    return sorted(p.name for p in cache.glob("*") if not p.name.endswith(".lock"))
+from .conftest import NAME, leftovers, packed, resnet18
 
 
 def test_download_convert_cache_load(server, cache, entry, good):

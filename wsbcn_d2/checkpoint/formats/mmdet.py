@@ -1,8 +1,8 @@
 """mmdetection's GN+WS Faster and Mask R-CNN, versions 2 and later and version 1.
 
 Version 1 keeps the background in row 0 of every predictor, later ones last and only in the class
-scores. Which one a file is shows in its shapes, and where they fit both (class-agnostic boxes and
-no or class-agnostic masks) in its names. (The upgrade script that mmdetection ships cuts the
+scores. Which one a file is shows in its names, as ``roi_head.`` came with the new order, and its
+shapes have to agree. (The upgrade script that mmdetection ships cuts the
 *biases* of the box and mask predictors at the wrong end; here weights and biases are cut alike. A
 file that has been through that script cannot be told from a sound one.)
 """
@@ -75,8 +75,8 @@ def _rules(background_first):
 
 def _rows(state, name, kind):
     for prefix in ("roi_head.", ""):
-        if f"{prefix}{name}.{kind}" in state:
-            return state[f"{prefix}{name}.{kind}"].shape[0]
+        if (tensor := state.get(f"{prefix}{name}.{kind}")) is not None:
+            return len(tensor) if tensor.dim() else 0
     return None
 
 
@@ -90,29 +90,22 @@ def background_first(state: Mapping[str, torch.Tensor]) -> bool:
         True for version 1.
 
     Raises:
-        CheckpointError: rows that fit neither, or weights and biases that disagree.
+        CheckpointError: rows that are not those of the version.
     """
-    later = any(name.startswith("roi_head.") for name in state)
-    verdicts = set()
+    first = not any(name.startswith("roi_head.") for name in state)
     for kind in ("weight", "bias"):
         classes = _rows(state, "bbox_head.fc_cls", kind)
         boxes = _rows(state, "bbox_head.fc_reg", kind)
         masks = _rows(state, "mask_head.conv_logits", kind)
-        if classes is None or boxes is None:
+        if not classes or boxes is None:
             raise CheckpointError(f"fc_cls or fc_reg has no {kind}: not a whole detector")
-        fits = {
-            first
-            for first, rows in ((True, classes), (False, classes - 1))
-            if boxes in (4, 4 * rows) and masks in (None, 1, rows)
-        }
-        if not fits:
+        rows = classes if first else classes - 1
+        if boxes not in (4, 4 * rows) or masks not in (None, 1, rows):
             raise CheckpointError(
-                f"{classes} class, {boxes} box and {masks} mask rows fit no mmdetection version"
+                f"{classes} class, {boxes} box and {masks} mask rows fit no mmdetection version "
+                f"with such names; expected {4 * rows} and {rows} of version {1 if first else 2}"
             )
-        verdicts.add(fits.pop() if len(fits) == 1 else not later)
-    if len(verdicts) > 1:
-        raise CheckpointError("the predictors' weights and biases are of different versions")
-    return verdicts.pop()
+    return first
 
 
 def convert_mmdet(state: Mapping[str, torch.Tensor]) -> Mapped:

@@ -14,8 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from ...checkpoint import LoadExpectation, WSBCNCheckpointer
-from ...checkpoint.checkpointer import split_options
+from ...checkpoint import LoadExpectation, WSBCNCheckpointer, split_options
 from ...config import UsageError, one_line
 from ...modeling.recomputation import modules_named
 from ..from_config import estimate_hooks

@@ -1,0 +1,271 @@
+"""The cache: private, verified, shared by processes, and whole whatever happens to a transfer."""
+
+import contextlib
+import hashlib
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+
+from wsbcn_d2.checkpoint import CheckpointError, WSBCNCheckpointer, fetch
+from wsbcn_d2.checkpoint.catalog import fetching, transfer
+from wsbcn_d2.files import PART_FILE, locked
+
+from ..test_checkpointer import model
+from .conftest import NAME, leftovers, resnet18
+
+
+@pytest.fixture
+def one(server, entry, good):
+    """An entry whose only file the server has."""
+    server.answers["/r18.pth"] = (200, {}, good)
+    entry("/r18.pth")
+
+
+def test_the_folder_is_private(one, cache):
+    root = cache.parents[1]
+    path = fetch(NAME)
+    assert stat.S_IMODE(root.stat().st_mode) == 0o700
+    root.chmod(0o777)  # an older version's, or somebody's mistake
+    assert fetch(NAME) == path and stat.S_IMODE(root.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "another user's", "unwritable"])
+def test_there_is_no_other_cache_than_ones_own(kind, one, cache, server, tmp_path, monkeypatch):
+    root = cache.parents[1]
+    root.parent.mkdir(parents=True)
+    if kind == "link":
+        (tmp_path / "theirs").mkdir()
+        root.symlink_to(tmp_path / "theirs")
+    elif kind == "file":
+        root.write_text("")
+    elif kind == "another user's":
+        root.mkdir()
+        monkeypatch.setattr(os, "geteuid", lambda: root.stat().st_uid + 1)
+    else:
+        monkeypatch.setenv("FVCORE_CACHE", "/proc/cannot/be/made")
+    with pytest.raises(CheckpointError, match="set FVCORE_CACHE to a folder of your own") as caught:
+        fetch(NAME)
+    assert "\n" not in str(caught.value) and server.log == []
+
+
+def test_what_can_be_verified_comes_first(server, entry, cache, good, monkeypatch):
+    digest = hashlib.sha256(good).hexdigest()[:8]
+    for path in ("/plain.pth", f"/mirror-{digest}.pth"):
+        server.answers[path] = (200, {}, good)
+    entry("/plain.pth", f"/mirror-{digest}.pth")
+    assert fetch(NAME).endswith(f"-mirror-{digest}.pth")
+    assert server.log == [f"/mirror-{digest}.pth"]
+    tried = []
+
+    def download(url, path):
+        tried.append(url)
+        raise CheckpointError(f"{url}: no")
+
+    monkeypatch.setattr(fetching, "download", download)
+    with pytest.raises(CheckpointError, match="tried 3"):
+        fetch("ImageNetPretrained/R-50-GN-WS")
+    assert [url.split(":")[0] for url in tried] == ["https", "https", "http"]
+    assert "resnet50_gn_ws-15beedd8" in tried[0]
+
+
+@pytest.mark.parametrize("kind", [PART_FILE, "incoming"])
+def test_what_a_killed_process_leaves_is_cleaned(kind, one, cache, good):
+    cache.mkdir(parents=True)
+    (cache / kind).write_bytes(good[:100])
+    path = fetch(NAME)
+    assert Path(path).read_bytes() == good and len(leftovers(cache)) == 1
+    (cache / kind).write_bytes(good[:100])
+    assert fetch(NAME) == path and len(leftovers(cache)) == 1
+
+
+def raw_server(answer):
+    """A socket that is given to ``answer`` for each connection; its URL."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except OSError:
+                return
+            with connection:
+                connection.recv(4096)
+                with contextlib.suppress(OSError):
+                    answer(connection)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return listening, f"http://127.0.0.1:{listening.getsockname()[1]}/x.pth"
+
+
+def stalls(connection):
+    connection.sendall(b"HTTP/1.0 200 OK\r\n\r\nPK\x03\x04")
+    time.sleep(3)
+
+
+def trickles(connection):
+    connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
+    for _ in range(100):
+        connection.sendall(b"P")
+        time.sleep(0.05)
+
+
+def pours(connection):
+    connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n")
+    for _ in range(1000):
+        connection.sendall(b"P" * 10_000)
+
+
+def breaks_off(connection):
+    connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\nPK\x03\x04")
+
+
+def talks_nonsense(connection):
+    connection.sendall(b"\x00\x01 no http\r\n" * 10)
+
+
+@pytest.mark.parametrize(
+    "answer, match",
+    [
+        (stalls, "timed out"),
+        (trickles, "too slow"),
+        (pours, "more than 100000 bytes"),
+        (breaks_off, "interrupted|IncompleteRead"),
+        (talks_nonsense, "BadStatusLine|no http"),
+    ],
+)
+def test_transfers_that_go_wrong(answer, match, entry, cache, monkeypatch):
+    monkeypatch.setattr(transfer, "_TIMEOUT", 0.5)
+    monkeypatch.setattr(transfer, "_LONGEST", 1)
+    monkeypatch.setattr(transfer, "MAX_BYTES", 100_000)
+    listening, url = raw_server(answer)
+    with listening:
+        entry()
+        monkeypatch.setitem(
+            fetching.CATALOG,
+            NAME,
+            type(fetching.CATALOG[NAME])(**{**vars(fetching.CATALOG[NAME]), "urls": (url,)}),
+        )
+        start = time.monotonic()
+        with pytest.raises(CheckpointError, match=match) as caught:
+            fetch(NAME)
+    assert time.monotonic() - start < 10
+    assert "\n" not in str(caught.value) and leftovers(cache) == []
+
+
+def test_a_lock_that_is_never_given_back(one, cache, monkeypatch):
+    monkeypatch.setattr(fetching, "_PATIENCE", 0.3)
+    cache.mkdir(parents=True)
+    with (
+        locked(cache / "entry.lock"),
+        pytest.raises(CheckpointError, match="another process has held .*entry.lock") as caught,
+    ):
+        fetch(NAME)
+    assert "\n" not in str(caught.value)
+    assert fetch(NAME)
+
+
+def test_a_full_disk(one, cache, server):
+    cache.mkdir(parents=True)
+    part = cache / PART_FILE
+    link = os.symlink
+    unlink = os.unlink
+
+    def keep(path, *args, **kwargs):  # the clean-up at the start would take the trap away
+        unlink(path, *args, **kwargs)
+        if os.fspath(path) == str(part) and not server.log:
+            link("/dev/full", part)
+
+    link("/dev/full", part)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "unlink", keep)
+        with pytest.raises(CheckpointError, match="No space left on device") as caught:
+            fetch(NAME)
+    assert "\n" not in str(caught.value)
+    assert fetch(NAME)
+
+
+CHILD = """
+import sys
+from wsbcn_d2.checkpoint import fetch
+from wsbcn_d2.checkpoint.catalog import fetching
+from wsbcn_d2.checkpoint.catalog.entries import Entry
+from wsbcn_d2.checkpoint.metadata import IMAGENET_RGB
+fetching.CATALOG["ImageNetPretrained/test"] = Entry(
+    "ImageNetPretrained/test", (sys.argv[1],), "GN", "unbiased_std", IMAGENET_RGB, "", "")
+print(fetch("ImageNetPretrained/test"))
+"""
+
+
+@pytest.mark.slow
+def test_concurrent_processes_and_a_killed_one(server, cache, good):
+    """One is killed in the middle of its download; of three others one downloads."""
+    half = threading.Event()
+
+    def answer(connection):
+        connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n" + good[: len(good) // 2])
+        half.set()
+        time.sleep(20)
+
+    listening, url = raw_server(answer)
+    command = [sys.executable, "-c", CHILD]
+    with listening:
+        killed = subprocess.Popen([*command, url])
+        assert half.wait(60)
+        time.sleep(0.5)
+        killed.send_signal(signal.SIGKILL)
+        killed.wait(10)
+    assert not any(name.endswith(".pth") for name in leftovers(cache))
+    server.answers["/r18.pth"] = (200, {}, good)
+    children = [
+        subprocess.Popen([*command, f"{server.url}/r18.pth"], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    paths = {child.communicate(timeout=120)[0].strip().splitlines()[-1] for child in children}
+    assert len(paths) == 1 and Path(paths.pop()).read_bytes() == good
+    assert server.log == ["/r18.pth"] and len(leftovers(cache)) == 1
+
+
+@pytest.mark.parametrize("name", ["a#b-{0}.pth", "a?b-{0}.pth", "a%20b-{0}.pth"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_local_files_digest_is_read_off_its_name_as_it_is(
+    name, whole, entry, good, tmp_path, monkeypatch, cache
+):
+    from urllib.parse import quote
+
+    digest = hashlib.sha256(good).hexdigest()[:8] if whole else "00c0ffee"
+    name = name.format(digest)
+    folder = tmp_path / "have?a#b"
+    folder.mkdir()
+    (folder / name).write_bytes(good)
+    entry("/" + quote(name))
+    monkeypatch.setenv("WSBCN_CHECKPOINTS", str(folder))
+    if whole:
+        assert fetch(NAME) == str(folder / name)
+    else:
+        with pytest.raises(CheckpointError, match="its name says 00c0ffee"):
+            fetch(NAME)
+
+
+def test_stock_detectron2_gets_the_file_as_published(one, cache):
+    """Its own checkpointer does not convert: it is told the names of the source."""
+    path = fetch(NAME)
+    assert set(torch.load(path, weights_only=True)["state_dict"]) == set(resnet18())
+    with pytest.raises(Exception):  # noqa: B017
+        DetectionCheckpointer(model("GN", "unbiased_std")).load(f"wsbcn://{NAME}")
+    WSBCNCheckpointer(model("GN", "unbiased_std")).load(f"wsbcn://{NAME}")
+
+
+def test_insisting_on_a_catalog_name(one, cache):
+    with pytest.raises(CheckpointError, match=r"trained with WS formula.*\?insist=True"):
+        WSBCNCheckpointer(model("GN", "none")).load(f"wsbcn://{NAME}")
+    WSBCNCheckpointer(model("GN", "none")).load(f"wsbcn://{NAME}?insist=True")
