@@ -227,6 +227,11 @@ def test_unaligned_addresses_are_seen(monkeypatch):
     aligned = torch.empty(64)
     assert launch.stream_of(aligned) == launch.stream_of(aligned, aligned[4:]) == 5
     assert launch.stream_of(aligned[1:]) is launch.stream_of(aligned, aligned[2:]) is None
+    large = torch.empty(2**30, dtype=torch.uint8, device="meta")
+    assert launch.stream_of(large[:64]) == 5
+    monkeypatch.setattr(launch, "_SIZE_COUNTS", True)  # on AMD
+    assert launch.stream_of(aligned) == launch.stream_of(large[1:].clone()) == 5
+    assert launch.stream_of(large[:64]) is launch.stream_of(aligned, large) is None
 
 
 def test_plans_are_kept_by_what_they_depend_on(monkeypatch):
