@@ -88,7 +88,9 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
             CheckpointError: see the class.
         """
         path = self._without_options(path)
-        if "?" in path and os.path.isfile(path):  # Detectron2 would cut it off
+        if path and "://" not in path and not os.path.isfile(path):
+            raise CheckpointError(f"{path}: no such file")
+        if "?" in path and "://" not in path:  # Detectron2 would cut it off
             return Checkpointer.load(self, path, *args, **kwargs)
         return super().load(path, *args, **kwargs)
 

@@ -65,8 +65,8 @@ def save(data: dict, path: str) -> None:
         CheckpointError: it cannot be written (no space, no permission, ...).
     """
     try:
-        with replacing(path) as part:
-            torch.save(data, part)
+        with replacing(path) as part, open(part, "wb") as stream:
+            torch.save(data, stream)
     except (OSError, RuntimeError) as error:
         if (reason := _os_error(error)) is None:
             raise
