@@ -55,22 +55,13 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
     under ``wsbcn_d2``.
     """
 
-    def __init__(
-        self,
-        model,
-        save_dir="",
-        *,
-        save_to_disk=None,
-        expected: LoadExpectation | None = None,
-        **checkpointables,
-    ):
+    def __init__(self, model, save_dir="", *, expected: LoadExpectation | None = None, **kwargs):
         """
         Args:
-            model: a detector, or it wrapped in DDP.
-            save_dir, save_to_disk, **checkpointables: as in ``DetectionCheckpointer``.
+            model, save_dir, **kwargs: as in ``DetectionCheckpointer``.
             expected: what the weights have to be; None reads it off the model.
         """
-        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        super().__init__(model, save_dir, **kwargs)
         self.expected = expected or LoadExpectation.from_model(self.model)
         self._path = ""
         self._options: set[str] = set()
@@ -119,13 +110,13 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
     def _load_file(self, filename):
         if self._path.startswith(PREFIX):
             return read_entry(self._path.removeprefix(PREFIX), filename)
-        content = read_file(filename)
-        if content.foreign:
-            kinds = ", ".join(content.foreign[:4])
+        content, foreign = read_file(filename)
+        if foreign:
+            kinds = ", ".join(foreign[:4])
             if self._resuming:
                 raise NotAdmittedError(f"{filename} holds {kinds}, which are not read")
             self.logger.info(f"{filename}: objects left out: {kinds}")
-        data = {k: v for k, v in content.data.items() if not isinstance(v, Foreign)}
+        data = {k: v for k, v in content.items() if not isinstance(v, Foreign)}
         if "model" not in data:
             try:
                 data = {"model": unwrap(content).state}

@@ -33,19 +33,17 @@ def _stage(match):
     return f"res{int(match['stage']) + 1}.{match['block']}"
 
 
-def resnet_rules(prefix: str = "", stem: str = "", target: str = "") -> list[Rule]:
+def resnet_rules(prefix: str = "", target: str = "") -> list[Rule]:
     """The table for a torchvision-style ResNet, whatever the norm.
 
     Args:
-        prefix: what stands before ``layer1`` in the source, for example ``backbone.body.``.
-        stem: what stands between ``prefix`` and ``conv1``, for example ``stem.``.
+        prefix: what stands before ``layer1`` in the source, for example ``backbone.``.
         target: put before the new names.
 
     Returns:
         list of Rule, without one for the classifier.
     """
     start, block = re.escape(prefix), r"layer(?P<stage>[1-4])\.(?P<block>\d+)\."
-    stem = re.escape(prefix + stem)
 
     def rule(pattern, name, norm=False):
         def rename(match):
@@ -61,8 +59,8 @@ def resnet_rules(prefix: str = "", stem: str = "", target: str = "") -> list[Rul
 
     return [
         Rule(rf"{start}.*\.estbn_moving_speed", None, MOVING_SPEED),
-        rule(rf"{stem}conv1\.weight", lambda m: "stem.conv1.weight"),
-        rule(rf"{stem}[bg]n1\.{_NORM}", lambda m: "stem.conv1", norm=True),
+        rule(rf"{start}conv1\.weight", lambda m: "stem.conv1.weight"),
+        rule(rf"{start}[bg]n1\.{_NORM}", lambda m: "stem.conv1", norm=True),
         rule(rf"{start}{block}conv(?P<conv>[123])\.weight", lambda m: conv(m) + ".weight"),
         rule(rf"{start}{block}[bg]n(?P<conv>[123])\.{_NORM}", conv, norm=True),
         rule(rf"{start}{block}downsample\.0\.weight", lambda m: shortcut(m) + ".weight"),
@@ -76,10 +74,6 @@ def revive_counters(mapped: Mapped, source: Mapping[str, torch.Tensor]) -> None:
     The estimated batch norm sets its estimates from the first batch while the counter is 0. Two
     kinds of source would lose their estimates that way: files older than the counter, and those
     with the reference's EstBN, which never counts.
-
-    Args:
-        mapped: changed in place; a counter of 1 is added or put in.
-        source: the state dict that it came from.
     """
     estimated = any(key.endswith("estbn_moving_speed") for key in source)
     revived = 0

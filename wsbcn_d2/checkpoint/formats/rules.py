@@ -53,11 +53,6 @@ class Mapped:
 def apply_rules(state: Mapping[str, torch.Tensor], rules: list[Rule], format_name: str) -> Mapped:
     """Renames a state dict by the first rule that matches each key.
 
-    Args:
-        state: source names -> tensors; not changed.
-        rules: the format's table.
-        format_name: for error messages.
-
     Returns:
         Mapped; tensors that no rule changes are the source's own, not copies.
 
