@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import importlib.util
+import logging
 import random
 from pathlib import Path
 
@@ -59,6 +60,22 @@ def one_thread_and_a_seed():
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were():
+    """What a test's run has set up to log to does not outlive it: its streams do not either."""
+
+    def handlers():
+        loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
+        return {x: list(x.handlers) for x in loggers if isinstance(x, logging.Logger)}
+
+    before = handlers()
+    yield
+    for logger, now in handlers().items():
+        for handler in now:
+            if handler not in before.get(logger, []):
+                logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

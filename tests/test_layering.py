@@ -26,12 +26,17 @@ ALLOWED = {
     "checkpoint": {"files", "layers"},
     "modeling": {"layers"},
     "engine": {"files", "layers", "modeling", "checkpoint", "data", "config", "folding"},
-    "predictor": {"checkpoint", "config", "engine", "folding"},
+    "predictor": {"checkpoint", "config", "data", "engine", "folding"},
     "model_zoo": {"checkpoint", "config"},
     "study": {"files", "layers", "checkpoint", "engine", "config", "predictor"},
-    "cli": {"checkpoint", "files", "config", "engine", "predictor"},
+    "cli": {"checkpoint", "files", "config", "data", "engine", "predictor"},
 }
 LAYERS_MAY_IMPORT = ("torch", "detectron2.layers", "fvcore.common.registry")
+# Imported on a GPU alone, by name (see dispatch.py): the package works where Triton is absent.
+GPU_KERNELS = [
+    PACKAGE / f"layers/kernels/{name}.py"
+    for name in ("launch", "triton_bcn", "triton_bcn_kernels", "triton_ws")
+]
 SOURCES = sorted(
     path
     for top in ("wsbcn_d2", "tools", "configs", "tests")
@@ -131,6 +136,13 @@ def test_nothing_imports_upward(part):
         assert ours <= ALLOWED[part] | {part}, name_of(path)
 
 
+def test_nothing_but_the_gpu_kernels_needs_triton():
+    assert all(path.is_file() for path in GPU_KERNELS)
+    for path in SOURCES:
+        if PACKAGE in path.parents and path not in GPU_KERNELS:
+            assert not GRAPH[path] & set(GPU_KERNELS), name_of(path)
+
+
 @pytest.mark.parametrize("path", PARTS["layers"], ids=name_of)
 def test_layers_stand_on_torch_and_detectron2_layers_alone(path):
     foreign = set()
@@ -139,10 +151,11 @@ def test_layers_stand_on_torch_and_detectron2_layers_alone(path):
             foreign |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             foreign |= {f"{node.module}.{alias.name}" for alias in node.names}
+    gpu = ("triton",) if path in GPU_KERNELS else ()
     assert not {
         name
         for name in foreign
-        if not name.startswith(LAYERS_MAY_IMPORT)
+        if not name.startswith(LAYERS_MAY_IMPORT + gpu)
         and name.split(".")[0] not in sys.stdlib_module_names
     }
 

@@ -2,6 +2,7 @@
 """Measure what WS and BCN cost: medians of interleaved runs, as ratios, with their spread.
 
     tools/benchmark.py layer                     BCN against GroupNorm over R-50-FPN's activations
+    tools/benchmark.py host                      what a layer costs the CPU before a GPU starts
     tools/benchmark.py ws                        standardizing all weights of R-50-FPN
     tools/benchmark.py step CONFIG CONFIG ...    training step and inference; the first is the base
     tools/benchmark.py step CONFIG --recompute 'backbone.bottom_up.res?.*' --recompute ...
@@ -22,11 +23,18 @@ import platform
 import sys
 
 import torch
+from benchmarks.host import host_mode
 from benchmarks.layers import layer_mode, ws_mode
 from benchmarks.runner import Runner
 from benchmarks.steps import monitor_mode, step_mode
 
-MODES = {"layer": layer_mode, "ws": ws_mode, "step": step_mode, "monitor": monitor_mode}
+MODES = {
+    "host": host_mode,
+    "layer": layer_mode,
+    "ws": ws_mode,
+    "step": step_mode,
+    "monitor": monitor_mode,
+}
 
 
 def parse(argv) -> argparse.Namespace:

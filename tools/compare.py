@@ -20,7 +20,7 @@ Options may stand in a file, named as @FILE. The studies of this project do, bes
     tools/compare.py @configs/shapes/results/NAME.args
 
 It reports at once from the committed records (of two of one run, that of the first folder named);
-without its line --records it trains. tools/update_results.py does so for all, tables and pages.
+without its line --records it trains. tools/results/update.py does so for all, tables and pages.
 glibc's thresholds save page faults, a sixth of each step on a CPU:
 
     export MALLOC_MMAP_THRESHOLD_=2147483648 MALLOC_TRIM_THRESHOLD_=8589934592
@@ -155,10 +155,9 @@ def check(runs):
             check_config(load_config(run.config_file, run.overrides))
 
 
-def finished_runs(args):
-    """Records of the runs that the command line asks for, and the names of those without one."""
-    runs = plan(args)
-    return _with_records(runs, find_records(Path(args.output) / "records", *args.records))
+def recorded_runs(args):
+    """What --records has of the runs that are asked for, and the names of those that it lacks."""
+    return _with_records(plan(args), find_records(*args.records))
 
 
 def _with_records(runs, records):

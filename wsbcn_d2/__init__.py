@@ -20,6 +20,7 @@ Where to look, bottom to top; nothing imports from further down this list:
 - a backbone's name in a config: ``wsbcn_d2/modeling/backbone.py`` (build_ws_resnet_backbone)
 - a head: ``wsbcn_d2/modeling/roi_heads.py`` (WSFastRCNNConvFCHead)
 - which convolutions carry WS: ``wsbcn_d2/modeling/build.py``
+- WS in any model by names of its parts: ``wsbcn_d2/modeling/parts.py`` (standardize_parts)
 - what backward computes again: ``wsbcn_d2/modeling/recomputation.py`` (recompute)
 - the format of someone's checkpoint: ``wsbcn_d2/checkpoint/formats/recognise.py`` (FORMATS)
 - a published file and where it comes from: ``wsbcn_d2/checkpoint/catalog/entries.py`` (CATALOG)
@@ -27,9 +28,11 @@ Where to look, bottom to top; nothing imports from further down this list:
 - what is checked at loading: ``wsbcn_d2/checkpoint/checkpointer.py`` (WSBCNCheckpointer)
 - the embedded data set: ``wsbcn_d2/data/shapes`` (ensure_shapes)
 - a picture's way into a classifier: ``wsbcn_d2/data/classification`` (ClassificationMapper)
-- what is checked before a run: ``wsbcn_d2/engine/checks.py`` (check_setup)
+- a data set of one's own: ``wsbcn_d2/data/coco.py`` (register_coco_sets)
+- what is looked at in it: ``wsbcn_d2/data/checks`` (look_at)
+- what is checked before a run: ``wsbcn_d2/engine/checks`` (check_setup)
 - the training from YAML: ``wsbcn_d2/engine/trainer.py`` (Trainer)
-- the training from a Python config: ``wsbcn_d2/engine/lazy.py`` (train)
+- the training from a Python config: ``wsbcn_d2/engine/lazy`` (train)
 - a hook: ``wsbcn_d2/engine/hooks.py`` (EstimateSync)
 - predictions for a picture: ``wsbcn_d2/predictor.py`` (Predictor)
 - comparisons over seeds, their tables and plots: ``wsbcn_d2/study/plan.py``

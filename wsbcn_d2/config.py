@@ -44,8 +44,8 @@ def add_wsbcn_config(cfg: CfgNode) -> None:
     # Groups of the channel norm in "BCN", "BatchBCN" and "SyncBCN": a number, or "auto" for the
     # largest divisor of the channels up to 32, which every number has; None: 32.
     cfg.MODEL.BCN.NUM_GROUPS = None
-    # How far the running estimates of "BCN" and "EstBN" move towards each batch, in [0, 1]; without
-    # WS activations move faster, and 0.1 is better.
+    # How far the running estimates of "BCN" and "EstBN" move towards each batch, in [0, 1]; what
+    # was measured of it: configs/shapes/results, configs/nuclei/results.
     cfg.MODEL.BCN.UPDATE_RATE = DEFAULT_UPDATE_RATE
     # "constant", or "lr": the rate follows the learning rate's factor (lr / base lr).
     cfg.MODEL.BCN.UPDATE_RATE_SCHEDULE = "constant"

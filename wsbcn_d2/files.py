@@ -5,7 +5,7 @@ import fcntl
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO
 
 from tqdm import tqdm
@@ -93,7 +93,7 @@ def locked(path: str | os.PathLike, patience: float | None = None) -> Iterator[N
         yield
 
 
-def progress(iterable=None, *, period: float = 30.0, **options) -> tqdm:
+def progress(iterable: Iterable | None = None, *, period: float = 30.0, **options) -> tqdm:
     """A progress bar; where there is no terminal, a line now and then.
 
     Args:

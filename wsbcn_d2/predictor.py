@@ -13,15 +13,15 @@ import yaml
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from .checkpoint import CheckpointError, WSBCNCheckpointer, split_options
 from .config import UsageError, load_config, one_line
+from .data.picture_range import read_picture
+from .engine.from_config import expectation
 from .engine.lazy import load_lazy_config
-from .engine.trainer import expectation
 from .folding import fold as folded
 
 if TYPE_CHECKING:  # its import needs OpenCV, prediction does not
@@ -40,6 +40,7 @@ class Predictor(DefaultPredictor):
         cfg: the config.
         model: in evaluation mode; folded if asked for.
         metadata: of the first test set, with names and ids of the classes where they are known.
+        picture_range: values that become black and white in pictures of more than 8 bits.
 
     Example::
 
@@ -61,7 +62,10 @@ class Predictor(DefaultPredictor):
             unloaded = cfg.clone()
             unloaded.defrost()
             unloaded.MODEL.WEIGHTS = ""
+            if cfg.INPUT.FORMAT == "L":  # which the parent does not take
+                unloaded.INPUT.FORMAT = "BGR"
             super().__init__(unloaded)
+            self.picture_range = cfg.INPUT.PICTURE_RANGE
             weights, expected = cfg.MODEL.WEIGHTS, expectation(cfg, self.model)
             self.cfg = cfg.clone()
         else:
@@ -80,6 +84,8 @@ class Predictor(DefaultPredictor):
         for name in [names] if isinstance(names, str) else names[:1]:
             self.metadata = MetadataCatalog.get(name)
         mapper = cfg.dataloader.test.mapper
+        self.picture_range = list(mapper.get("limits", []))
+        mapper = mapper.get("mapper", mapper)  # of a RangeMapper
         self.input_format = mapper.image_format
         self.aug = _Sequence(instantiate(list(mapper.augmentations)))
 
@@ -134,6 +140,20 @@ class Predictor(DefaultPredictor):
                         setattr(module, name, threshold)
         return predictor
 
+    def read(self, path: str | os.PathLike) -> np.ndarray:
+        """A picture as the model was trained on them, turned as its EXIF says.
+
+        Args:
+            path: one of more than 8 bits needs ``INPUT.PICTURE_RANGE``.
+
+        Returns:
+            uint8 array (H, W, 3), BGR.
+
+        Raises:
+            DataError: for such a picture without a range.
+        """
+        return read_picture(os.fspath(path), "BGR", self.picture_range)
+
     def __call__(self, original_image: np.ndarray) -> dict:
         """Predict.
 
@@ -151,6 +171,9 @@ class Predictor(DefaultPredictor):
             raise ValueError(
                 f"a picture has shape (height, width, 3), not {tuple(original_image.shape)}"
             )
+        if isinstance(self.cfg, CfgNode) and self.cfg.INPUT.FORMAT == "L":
+            grey = Image.fromarray(original_image[:, :, ::-1]).convert("L")
+            original_image = np.asarray(grey)[:, :, None]
         return super().__call__(original_image)
 
     def draw(self, image: np.ndarray, predictions: dict, *, scale: float = 1.0) -> VisImage:
@@ -256,7 +279,7 @@ def draw_predictions(
     picks = np.linspace(0, len(records) - 1, min(num_images, len(records))).astype(int)
     paths = []
     for record in [records[i] for i in picks]:
-        image = read_image(record["file_name"], format="BGR")
+        image = predictor.read(record["file_name"])
         predicted = predictor(image)["instances"]
         predicted = predicted[predicted.scores >= min_score]
         truth = Visualizer(image[:, :, ::-1], predictor.metadata, scale=scale)

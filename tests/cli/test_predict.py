@@ -152,6 +152,9 @@ WRONG = {
     "annotations of other pictures": (
         lambda run: (run / "x.json").write_text('{"images": [{"id": 1, "file_name": "q.png"}]}'),
         ["p.png", "--annotations", "x.json"], "'x.json': p.png"),
+    "a picture of 16 bits": (
+        lambda run: Image.fromarray(np.full((64, 80), 4000, np.uint16)).save(run / "x.png"),
+        ["p.png", "x.png"], "x.png has more than 8 bits (I;16): set INPUT.PICTURE_RANGE"),
     "an override of no key": (lambda run: None, ["p.png", "--opts", "MODEL.NOTHING", "1"],
                               "NOTHING"),
 }  # fmt: skip
@@ -170,6 +173,18 @@ def test_wrong_input_gets_one_line_and_nothing_is_written(run, what, monkeypatch
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert sorted(run.rglob("*")) == before
+
+
+def test_pictures_of_16_bits_are_scaled_by_their_range(run, tmp_path):
+    eight = np.asarray(Image.open(picture(tmp_path / "a.png")).convert("L"))
+    Image.fromarray(eight).save(tmp_path / "a.png")
+    Image.fromarray(eight.astype(np.uint16) * 10 + 500).save(tmp_path / "b.png")
+    words = ["--weights", str(run / "model_final.pth"), *ANY, "--no-pictures", "--output"]
+    words += [str(tmp_path / "out"), str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    assert main([*words, "--opts", "INPUT.PICTURE_RANGE", "[500, 3050]"]) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    scores = [[r["score"] for r in found if r["image_id"] == i] for i in (1, 2)]
+    assert scores[0] and scores[0] == scores[1]
 
 
 def test_an_input_is_not_overwritten(run, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Sets of one's own, by the config alone: faulty ones are refused in one line, odd ones train."""
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -13,11 +14,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from pycocotools import mask as mask_util
 
-from wsbcn_d2.data import DataError, classes_of, read_picture, register_coco_sets
+from wsbcn_d2.cli.predict import main as predict
+from wsbcn_d2.data import DataError, read_picture, register_coco_sets
 from wsbcn_d2.data.checks import look, look_at, memory
 from wsbcn_d2.data.checks.masks import _unpack
 from wsbcn_d2.engine import load_config
-from wsbcn_d2.engine.trainer import schedule_by_epochs
+from wsbcn_d2.engine.from_config import schedule_by_epochs
 
 CONFIG = str(ROOT / "configs" / "shapes" / "mask_rcnn_R_18_FPN_gn_ws.yaml")
 EXIF_ORIENTATION = 0x0112
@@ -52,8 +54,9 @@ def command(train_net, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["train_net.py", *argv])
         capsys.readouterr()
         code = train_net.cli()
-        # Loggers that an earlier test has set up write to its stderr: not of interest here.
-        lines = capsys.readouterr().err.splitlines()
+        lines = [line for line in capsys.readouterr().err.splitlines() if line]
+        if code == 2:
+            assert len(lines) == 1 and lines[0].startswith("error: "), lines
         return code, [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
 
     return call
@@ -489,7 +492,58 @@ def test_an_odd_set_trains(case, command, tmp_path):
     assert (output / "model_final.pth").is_file()
     # The dumped config stands by itself: the set is named in it.
     assert [entry] == load_config(str(output / "config.yaml")).DATASETS.COCO_SETS
-    assert classes_of("test_set") == [c["name"] for c in a_set()["categories"]]
+    assert MetadataCatalog.get("test_set").thing_classes == ["round", "long"]
+
+
+@pytest.mark.parametrize("options", [[], ["INPUT.FORMAT", "L"]])
+def test_deep_pictures_are_predicted_on(options, command, tmp_path, capsys):
+    """With the range of the checkpoint's own config; without one, a line says so."""
+    content = a_set()
+    entry = write(tmp_path / "data", content)
+    deep(content, tmp_path / "data" / "set")
+    options = ONE_CHANNEL if options else []
+    assert command([entry], [entry], *RANGE, *options) == (0, [])
+    weights = str(tmp_path / "output" / "model_final.pth")
+    picture = str(tmp_path / "data" / "set" / "0.png")
+    arguments = ["--weights", weights, "--output", str(tmp_path / "predicted"), picture]
+    assert predict(arguments) == 0 and list((tmp_path / "predicted").iterdir())
+    capsys.readouterr()
+    arguments = ["--weights", weights, "--output", str(tmp_path / "none"), picture]
+    assert predict([*arguments, "--opts", "INPUT.PICTURE_RANGE", "[]"]) == 2
+    errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert len(errors) == 1 and "0.png has more than 8 bits" in errors[0]
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_tool_sums_up_and_draws(tmp_path, monkeypatch, capsys):
+    entry = write(tmp_path / "data", a_set())
+    spec = importlib.util.spec_from_file_location("tool", ROOT / "tools" / "check_dataset.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def run(*options):
+        words = ["check_dataset.py", entry["JSON"], entry["IMAGES"], *map(str, options)]
+        monkeypatch.setattr(sys, "argv", words)
+        return tool.cli(), *capsys.readouterr()
+
+    code, out, err = run("--draw", tmp_path / "drawn", "--count", 2)
+    assert code == 0 and not err
+    assert "pictures   3, of 64 x 72 to 80 x 64 pixels; 0 without objects" in out
+    assert "objects    6, 2.0 per picture; 100 % small" in out
+    assert "masks      6 polygons, 0 run lengths" in out and "round  3" in out
+    assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["1_0.png", "3_2.png"]
+    # A picture that breaks off is found when its pixels are read, and every fault has its line.
+    path = tmp_path / "data" / "set" / "0.png"
+    path.write_bytes(path.read_bytes()[:3000])
+    assert run()[0] == 0
+    code, out, err = run("--decode")
+    assert code == 2 and err.count("error: ") == 1 and "picture that cannot be read (0.png" in err
+    deep(None, tmp_path / "data" / "set")
+    (tmp_path / "data" / "set" / "1.png").unlink()
+    code, out, err = run()
+    assert code == 2 and err.count("\n") == 2 and "--picture-range" in err and "missing" in err
+    assert run("--picture-range", 0, 4095)[2].count("\n") == 1
+    assert not (tmp_path / "cache").exists()
 
 
 def test_several_sets_are_one(command, tmp_path):

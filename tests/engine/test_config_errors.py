@@ -155,6 +155,26 @@ def test_unknown_norm(run, part):
     has(message, "unknown norm 'BNC'", f"MODEL.{part}.NORM='BNC'", "GN", "BCN", "SyncBCN")
 
 
+def test_the_hint_names_the_culprit_alone(run):
+    message = run("MODEL.SEM_SEG_HEAD.NORM", "BNC", "MODEL.META_ARCHITECTURE", "PanopticFPN")
+    assert message.endswith("(with MODEL.SEM_SEG_HEAD.NORM='BNC')"), message
+    message = run("MODEL.FPN.OUT_CHANNELS", "48")
+    assert message.endswith("(with MODEL.FPN.NORM='BCN', MODEL.FPN.OUT_CHANNELS=48)"), message
+    message = run("MODEL.FPN.NORM", "BNC", "MODEL.ROI_BOX_HEAD.NORM", "BNC")
+    assert message.endswith("(with MODEL.FPN.NORM='BNC', MODEL.ROI_BOX_HEAD.NORM='BNC')"), message
+    assert "NORM" not in run("MODEL.ROI_MASK_HEAD.NAME", "NoSuchHead")
+
+
+def test_parts_that_are_not_there(run):
+    has(run("MODEL.WS.PARTS", "['head']"), "MODEL.WS.PARTS", "'head' fits no module", "backbone")
+    has(run("MODEL.WS.PARTS", "['proposal_generator']"), "MODEL.WS.PARTS", "nothing to standardize")
+
+
+def test_no_data_sets(run):
+    has(run("DATASETS.TRAIN", "()"), "DATASETS.TRAIN is empty: name a data set")
+    has(run("DATASETS.TEST", "()", flags=["--eval-only"]), "DATASETS.TEST is empty")
+
+
 @pytest.mark.parametrize("key", ["MODEL.FPN.OUT_CHANNELS", "MODEL.ROI_BOX_HEAD.CONV_DIM"])
 def test_channels_that_the_groups_of_bcn_do_not_divide(run, key):
     message = run(key, "48")

@@ -47,6 +47,7 @@ valid = st.fixed_dictionaries(
         "MODEL.WS.KIND": st.sampled_from(list(KINDS)),
         "MODEL.WS.FORMULA": st.sampled_from(["unbiased", "unbiased_std", "biased"]),
         "MODEL.WS.EPS": st.sampled_from([1e-5, 1e-3]),
+        "MODEL.BCN.NUM_GROUPS": st.sampled_from([None, "auto", 16]),
         "MODEL.BCN.UPDATE_RATE": st.sampled_from([0.001, 0.01, 0.1, 1.0]),
         "MODEL.BCN.UPDATE_RATE_SCHEDULE": st.sampled_from(["constant", "lr"]),
         "MODEL.ROI_BOX_HEAD.CONV_DIM": st.sampled_from([32, 64]),

@@ -13,6 +13,8 @@ from model_families import FAMILIES, a_batch
 from torch import nn
 
 from wsbcn_d2 import BatchChannelNorm2d, EstimatedBatchNorm2d, WSConv2d, fold, get_cfg
+from wsbcn_d2.checkpoint import METADATA_KEY, CheckpointError, WSBCNCheckpointer
+from wsbcn_d2.engine.from_config import expectation
 from wsbcn_d2.layers import CWNConv2d, WNConv2d, standardize_weight
 from wsbcn_d2.modeling import standardize_parts
 
@@ -293,6 +295,28 @@ def test_groups_by_config(groups, made, tiny_cfg):
     assert {m.num_groups for m in model.modules() if isinstance(m, BatchChannelNorm2d)} == made
 
 
+def test_what_was_built_is_recorded_and_checked(tiny_cfg, tmp_path):
+    """Formula and groups of a model standardized by parts, whose backbone's name says nothing."""
+    cfg = tiny(tiny_cfg, "MODEL.WS.PARTS", ["*"], "MODEL.WS.FORMULA", "biased")
+    cfg.merge_from_list(["MODEL.FPN.OUT_CHANNELS", 48, "MODEL.BCN.NUM_GROUPS", "auto"])
+    model = build_model(cfg)
+    WSBCNCheckpointer(model, str(tmp_path), expected=expectation(cfg, model)).save("model")
+    path = str(tmp_path / "model.pth")
+    saved = torch.load(path, weights_only=True)[METADATA_KEY]
+    assert saved["ws_formula"] == "biased" and saved["bcn_groups"] == [24, 32]
+    for key, value, message in (
+        ("MODEL.WS.FORMULA", "unbiased", "biased"),
+        ("MODEL.WS.PARTS", ["roi_heads.*_head"], "biased"),
+    ):
+        other = cfg.clone()
+        other.merge_from_list([key, value])
+        model = build_model(other)
+        with pytest.raises(CheckpointError, match=message):
+            WSBCNCheckpointer(model, expected=expectation(other, model)).load(path)
+    model = build_model(cfg)
+    WSBCNCheckpointer(model, expected=expectation(cfg, model)).load(path)
+
+
 @pytest.mark.parametrize(
     "channels, groups", [(48, 24), (80, 20), (144, 24), (64, 32), (37, 1), (1, 1), (33, 11)]
 )
@@ -308,6 +332,20 @@ def test_wrong_groups():
 
 def test_the_table_is_shown():
     readme = (ROOT / "configs" / "README.md").read_text()
-    if "## Any model" not in readme:
-        pytest.skip("no section on models of any kind")
     assert all(row in readme for row in TABLE.strip().splitlines())
+
+
+class _OwnConv(nn.Module):
+    """A convolution that is no ``nn.Conv2d``, with its norm inside, like TridentNet's."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(32, 32, 3, 3))
+        self.norm = nn.GroupNorm(32, 32)
+
+
+def test_a_convolution_of_a_class_of_its_own_is_named(caplog):
+    model = nn.ModuleDict({"own": _OwnConv(), "conv": Conv2d(32, 32, 3, norm=nn.GroupNorm(8, 32))})
+    with caplog.at_level(logging.INFO):
+        standardize_parts(model, ["*"])
+    assert "WS in 1 of 2 convolutions of *; plain stay 1: own (_OwnConv)" in caplog.messages[-1]

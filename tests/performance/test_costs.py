@@ -5,6 +5,7 @@ import torch
 from conftest import kept_for_backward
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from wsbcn_d2 import BatchChannelNorm2d, EstimatedBatchNorm2d, WSConv2d
 
@@ -66,6 +67,28 @@ def test_no_host_sync(monkeypatch, fused, layout, formula):
             model(x).sum().backward()
     assert syncs.seen > 50
     assert not syncs.found
+
+
+@pytest.mark.parametrize("fused", ["cpp", "off"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_no_host_sync_in_a_recomputation(monkeypatch, fused, reentrant):
+    monkeypatch.setenv("WSBCN_FUSED", fused)
+    model = WSConv2d(8, 8, 3, padding=1, norm=BatchChannelNorm2d(8, 4))
+    x = torch.randn(2, 8, 8, 8, requires_grad=True)
+
+    def step():
+        ys = [checkpoint(model, scale * x, use_reentrant=reentrant) for scale in (1, 2)]
+        sum(y.sum() for y in ys).backward()
+
+    def syncs():
+        with Syncs() as found:
+            step()
+        assert found.seen > 50
+        return found.found
+
+    ours = syncs()
+    model.norm = nn.GroupNorm(4, 8)
+    assert ours == syncs()  # what checkpointing itself looks at
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -201,6 +201,11 @@ def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
     assert main(["monitor", config, "--quick", "--output", str(output)]) == 0
     (row,) = json.loads(output.read_text())["rows"]
     assert row["share"] == pytest.approx((row["time"]["ratio"] - 1) * 0.08)
+    recomputed = ["--recompute", "backbone.bottom_up.res?.*", "roi_heads.*_head"]
+    assert main(["step", config, "--quick", *recomputed, "--output", str(output)]) == 0
+    plain, less = json.loads(output.read_text())["rows"]
+    assert plain["kept"] == plain["peak"] == 1 and plain["kept bytes"] <= plain["peak bytes"]
+    assert less["kept"] < 0.7 and less["name"].endswith(" ".join(recomputed[1:]))
 
 
 def test_shape_spec_is_kept():

@@ -67,6 +67,13 @@ def test_images_per_step_are_a_column_where_they_differ():
     assert "| variant | images/step |" in page and "| gn | 2 | 3.0 | 2.0 | 1 | 0.02 |" in page
 
 
+def test_two_images_alone_are_said_too():
+    page = fill_page(
+        "<!-- ap: x -->\n<!-- end -->", lambda name: [make_record("gn", 2, 1, box=3.0)]
+    )
+    assert "| gn | 2 | 3.0 | 2.0 | 1 | 0.02 |" in page
+
+
 def test_a_table_that_there_is_not():
     with pytest.raises(ValueError, match=r"unknown table 'app'.*ap, pairs, channels"):
         fill_page("<!-- app: x -->\n<!-- end -->", lambda name: records())

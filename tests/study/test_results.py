@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from wsbcn_d2.study import write_record
 from wsbcn_d2.study.pages import prose
 
-from .helpers import TOOL, load_tool
+from .helpers import TOOL, load_tool, make_record
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "configs" / "shapes" / "results"
@@ -28,16 +29,14 @@ def relative(path):
 
 @pytest.fixture(scope="module")
 def tool():
-    """``tools/update_results.py`` as a module; it imports its neighbour."""
+    """``tools/results/update.py`` as a module; it adds the folder of its neighbour to the path."""
+    before = list(sys.path)
     spec = importlib.util.spec_from_file_location(
-        "update_results", TOOL.parent / "update_results.py"
+        "update_results", TOOL.parent / "results" / "update.py"
     )
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(TOOL.parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(TOOL.parent))
+    spec.loader.exec_module(module)
+    sys.path[:] = before
     return module
 
 
@@ -47,7 +46,7 @@ def test_there_are_results():
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=relative)
 def test_every_committed_table_has_its_command(folder):
-    tables = {path.stem for path in folder.glob("*.csv")} - {"pretrain"}
+    tables = {path.stem for path in folder.glob("*.csv")}
     studies = {path.stem for path in folder.glob("*.args")}
     assert {re.sub("_(pairs|runs)$", "", table) for table in tables} == studies
     assert tables >= studies | {f"{name}_runs" for name in studies}
@@ -106,8 +105,16 @@ def test_a_study_without_all_of_its_records_makes_nothing(tool, tmp_path, monkey
     folder = tmp_path / "results"
     folder.mkdir()
     (folder / "README.md").write_text("<!-- ap: x -->\n<!-- end -->")
+    assert tool.main([str(folder)]) == 2
+    assert "x.args not found" in capsys.readouterr().err
     args = (RESULTS / "long.args").read_text().replace("1 2 3", "1 2 3 99")
+    args = args.replace("output/long", str(tmp_path / "out"))
     (folder / "x.args").write_text(args)
+    # A run that was done here is no committed record.
+    runs = COMPARE.plan(COMPARE.parse([f"@{folder / 'x.args'}"]))
+    run = next(run for run in runs if run.seed == 99)
+    local = make_record(run.variant, 1, 99, settings=run.settings)
+    write_record(local, tmp_path / "out" / "records" / f"{run.name}.json")
     assert tool.main([str(folder)]) == 2
     assert re.match(
         r"error: .*x\.args: no record of gn_ws_1img_seed99_\w+\n", capsys.readouterr().err

@@ -6,7 +6,9 @@ from urllib.parse import parse_qsl
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from fvcore.common.checkpoint import Checkpointer
+from torch import nn
 
+from ..layers import BatchChannelNorm2d
 from .catalog.entries import PREFIX
 from .catalog.fetching import read_entry
 from .checks import LoadExpectation, check_conventions, check_coverage
@@ -55,18 +57,26 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
     under ``wsbcn_d2``.
     """
 
-    def __init__(self, model, save_dir="", *, expected: LoadExpectation | None = None, **kwargs):
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        save_to_disk: bool | None = None,
+        expected: LoadExpectation | None = None,
+        **checkpointables,
+    ):
         """
         Args:
-            model, save_dir, **kwargs: as in ``DetectionCheckpointer``.
+            model, save_dir, save_to_disk, **checkpointables: as in ``DetectionCheckpointer``.
             expected: what the weights have to be; None reads it off the model.
         """
-        super().__init__(model, save_dir, **kwargs)
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.expected = expected or LoadExpectation.from_model(self.model)
         self._path = ""
         self._options: set[str] = set()
 
-    def load(self, path, *args, **kwargs):
+    def load(self, path: str | os.PathLike | None, *args, **kwargs) -> dict:
         """Loads from a path, URL or catalog name.
 
         Args:
@@ -85,7 +95,7 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
             return Checkpointer.load(self, path, *args, **kwargs)
         return super().load(path, *args, **kwargs)
 
-    def check(self, path):
+    def check(self, path: str | os.PathLike | None) -> None:
         """Goes as far as :meth:`load` without touching the model, which may be on "meta".
 
         Args:
@@ -97,9 +107,13 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
         if path := self._without_options(path):
             self._accepted(self._load_file(self.path_manager.get_local_path(path)))
 
-    def save(self, name, **kwargs):
+    def save(self, name: str, **kwargs) -> None:
         """As fvcore's, with the model's conventions recorded."""
-        kwargs.setdefault(METADATA_KEY, self.expected.metadata().as_dict())
+        metadata = self.expected.metadata().as_dict()
+        norms = [m for m in self.model.modules() if isinstance(m, BatchChannelNorm2d)]
+        if norms:  # MODEL.BCN.NUM_GROUPS, as it turned out
+            metadata["bcn_groups"] = sorted({norm.num_groups for norm in norms})
+        kwargs.setdefault(METADATA_KEY, metadata)
         super().save(name, **kwargs)
 
     def _without_options(self, path):

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
@@ -46,7 +47,7 @@ class LoadExpectation:
     ws_eps: float | None = None
 
     @classmethod
-    def from_cfg(cls, cfg) -> "LoadExpectation":
+    def from_cfg(cls, cfg: CfgNode) -> "LoadExpectation":
         """Reads a config: this project's, or a stock one (which has no WS).
 
         Returns:

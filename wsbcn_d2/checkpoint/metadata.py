@@ -39,7 +39,7 @@ def _is_number(value):
 
 
 def _are_numbers(value):
-    return isinstance(value, tuple) and len(value) == 3 and all(map(_is_number, value))
+    return isinstance(value, tuple) and bool(value) and all(map(_is_number, value))
 
 
 _VALID = {
@@ -86,7 +86,7 @@ class Metadata:
         }
 
     @classmethod
-    def from_dict(cls, data) -> "Metadata":
+    def from_dict(cls, data: object) -> "Metadata":
         """Reads what `as_dict` wrote; unknown entries (a later version's) are ignored.
 
         Raises:

@@ -26,12 +26,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.data.detection_utils import read_image
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 
 from ..config import one_line
+from ..data.picture_range import is_deep
 from ..engine import UsageError
 from ..engine.processes import one_line_errors
 from ..files import progress, replacing
@@ -42,10 +42,15 @@ VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
 @dataclass
 class Source:
-    """A picture or a video to be read, and its name below the output folder."""
+    """A picture or a video to be read, and its name below the output folder.
+
+    Attributes:
+        deep: whether it is a picture of more than 8 bits.
+    """
 
     path: str
     name: str
+    deep: bool = False
 
     @property
     def is_video(self) -> bool:
@@ -100,6 +105,8 @@ def main(argv: list[str] | None = None) -> None:
         threshold=args.threshold,
         fold=args.fold,
     )
+    for source in [source for source in pictures if source.deep][:1]:
+        predictor.read(source.path)  # says what is missing before anything is written
     count = predict_pictures(predictor, pictures, ids, args) if pictures else 0
     for source in sources:
         if source.is_video:
@@ -144,7 +151,10 @@ def find_sources(inputs: list[str], output: str) -> list[Source]:
         target = os.path.join(output, source.name)
         if os.path.exists(target) and os.path.samefile(target, source.path):
             raise UsageError(f"{target!r} would be overwritten: choose another --output")
-        (_check_video if source.is_video else _check_picture)(source.path)
+        if source.is_video:
+            _check_video(source.path)
+        else:
+            source.deep = _check_picture(source.path)
     return found
 
 
@@ -155,14 +165,17 @@ def _readable(path: Path) -> bool:
     )
 
 
-def _check_picture(path: str) -> None:
+def _check_picture(path: str) -> bool:
+    """Whether a picture has more than 8 bits."""
     try:
         with Image.open(path) as image:
             image.load()  # all of it: a file cut short says so at its end
+            deep = is_deep(image)
     except Exception as error:  # a decoder of a damaged file raises anything
         raise UsageError(f"{path!r} is no picture that can be read: {one_line(error)}") from error
     if Image.registered_extensions().get(_suffix(path)) not in Image.SAVE:
         raise UsageError(f"{path!r}: its name must end as a picture's, in .jpg or .png for example")
+    return deep
 
 
 def _check_video(path: str) -> None:
@@ -201,7 +214,7 @@ def predict_pictures(
     """Writes the drawn pictures and results.json; returns the number of objects."""
     results: list[dict] = []
     for image_id, source in zip(ids, progress(sources, desc="pictures"), strict=True):
-        image = read_image(source.path, format="BGR")
+        image = predictor.read(source.path)
         predictions = predictor(image)
         results += to_coco(predictor, predictions, image_id, source.name)
         if not args.no_pictures:

@@ -6,7 +6,7 @@ from .classification import (
     classification_test_loader,
     register_classification,
 )
-from .coco import classes_of, register_coco_sets
+from .coco import register_coco_sets
 from .errors import ClassificationDataError, DataError
 from .nuclei import register_nuclei
 from .picture_range import RangeMapper, read_picture
@@ -36,7 +36,6 @@ __all__ = [
     "ShapesSpec",
     "classification_mapper",
     "classification_test_loader",
-    "classes_of",
     "default_root",
     "ensure_shapes",
     "read_picture",

@@ -9,7 +9,7 @@ from detectron2.data.datasets import load_coco_json
 
 from .errors import DataError
 
-__all__ = ["classes_of", "register_coco_sets"]
+__all__ = ["register_coco_sets"]
 
 _ORIGIN = "wsbcn_d2.coco"
 _FIELDS = ("NAME", "JSON", "IMAGES")
@@ -75,37 +75,12 @@ def _register(name: str, json_file: str, image_root: str) -> None:
 
 def _note_keypoints(name: str, json_file: str) -> None:
     """What Detectron2 wants to know of keypoints and the JSON says in its categories."""
-    for category in _categories(json_file):
-        names = category.get("keypoints")
-        if names:
-            metadata = MetadataCatalog.get(name)
-            metadata.keypoint_names = tuple(names)
-            metadata.keypoint_flip_map = tuple(
-                (n, n.replace("left", "right")) for n in names if n.replace("left", "right") != n
-            )
-
-
-def _categories(json_file: str) -> list[dict]:
     with open(json_file, encoding="utf-8") as file:
-        return sorted(json.load(file).get("categories", []), key=lambda c: c["id"])
-
-
-def classes_of(name: str) -> list[str]:
-    """Names of a data set's classes, in the order of a model's outputs, without loading the set.
-
-    Args:
-        name: a registered data set.
-
-    Returns:
-        list[str]: empty for a set that does not say.
-
-    Raises:
-        DataError: a set whose annotation file cannot be read.
-    """
-    metadata = MetadataCatalog.get(name)
-    if not metadata.get("thing_classes") and metadata.get("origin") == _ORIGIN:
-        try:
-            metadata.thing_classes = [c["name"] for c in _categories(metadata.json_file)]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"the classes of {name!r} cannot be read: {error}") from error
-    return list(metadata.get("thing_classes", []))
+        categories = json.load(file)["categories"]
+    names = next((c["keypoints"] for c in categories if c.get("keypoints")), None)
+    if names:
+        metadata = MetadataCatalog.get(name)
+        metadata.keypoint_names = tuple(names)
+        metadata.keypoint_flip_map = tuple(
+            (n, n.replace("left", "right")) for n in names if "left" in n
+        )

@@ -1,4 +1,4 @@
-"""Registers "nuclei": microscopy images of cell nuclei, prepared by ``tools/prepare_nuclei.py``.
+"""Registers "nuclei", microscopy images prepared by ``tools/prepare_nuclei.py``.
 
 The set is stage1_train of the 2018 Data Science Bowl (BBBC038v1, Broad Institute, CC0 1.0).
 """

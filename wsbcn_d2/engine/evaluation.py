@@ -28,7 +28,7 @@ _MISSED = 1 << 30  # a rank beyond every k
 class _COCOEvaluator(COCOEvaluator):
     """Leaves out objects of classes that the data set does not have, where Detectron2 stops."""
 
-    def process(self, inputs, outputs):
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         known = len(self._metadata.thing_classes)
         for output in outputs:
             found = output.get("instances")
@@ -109,10 +109,10 @@ class TopKEvaluator(DatasetEvaluator):
         self._name = dataset_name
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         self._ranks: list[int] = []
 
-    def process(self, inputs, outputs):
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """
         Args:
             inputs: dicts with ``label``.
@@ -123,7 +123,7 @@ class TopKEvaluator(DatasetEvaluator):
             label = record["label"]
             self._ranks.append(classes.index(label) if label in classes else _MISSED)
 
-    def evaluate(self):
+    def evaluate(self) -> OrderedDict | None:
         """
         Returns:
             OrderedDict: ``{"classification": {"top1": percent, "top5": percent}}``; None on other

@@ -43,7 +43,7 @@ class UpdateRateSchedule(HookBase):
         self._schedule = schedule
         self._norms: list[EstimatedBatchNorm2d] = []
 
-    def before_train(self):
+    def before_train(self) -> None:
         self._norms = _estimated_norms(self.trainer.model)
         if self._norms:
             if self._rate is None:
@@ -53,7 +53,7 @@ class UpdateRateSchedule(HookBase):
                 f"schedule {self._schedule}"
             )
 
-    def before_step(self):
+    def before_step(self) -> None:
         rate = self._rate
         if self._schedule == "lr":
             group = self.trainer.optimizer.param_groups[0]
@@ -74,12 +74,12 @@ class EstimateSync(HookBase):
     def __init__(self):
         self._synchronizer: EstimateSynchronizer | None = None
 
-    def before_train(self):
+    def before_train(self) -> None:
         norms = _estimated_norms(self.trainer.model)
         if norms and comm.get_world_size() > 1:
             self._synchronizer = EstimateSynchronizer(norms)
 
-    def after_step(self):
+    def after_step(self) -> None:
         if self._synchronizer is not None:
             with torch.no_grad():
                 self._synchronizer.synchronize()
@@ -130,7 +130,7 @@ class ResumedSchedule(HookBase):
     def load_state_dict(self, state_dict: dict) -> None:
         self._saved = state_dict["schedule"]
 
-    def before_train(self):
+    def before_train(self) -> None:
         if self.trainer.start_iter == 0:
             return
         differences = self._differences()

@@ -74,7 +74,7 @@ class ChannelMonitor(HookBase):
         self._layers: list[_Layer] = []
         self._handles: list = []
 
-    def before_train(self):
+    def before_train(self) -> None:
         self._layers = []
         if not comm.is_main_process():
             return
@@ -87,12 +87,12 @@ class ChannelMonitor(HookBase):
             inner.update(module.modules())  # BCN is one norm, not two
             self._layers.append(_Layer(part_of(name), module))
 
-    def before_step(self):
+    def before_step(self) -> None:
         if self._steps_to_go() < self._window:
             for layer in self._layers:
                 self._handles.append(layer.module.register_forward_hook(layer.observe))
 
-    def after_step(self):
+    def after_step(self) -> None:
         if not self._handles:
             return
         self._detach()  # before the next hook: an evaluation must not be watched
@@ -100,7 +100,7 @@ class ChannelMonitor(HookBase):
             for name, value in self._collect().items():
                 self.trainer.storage.put_scalar(name, value, smoothing_hint=False)
 
-    def after_train(self):
+    def after_train(self) -> None:
         self._detach()
 
     def _steps_to_go(self) -> int:

@@ -183,8 +183,9 @@ class BatchChannelNorm2d(nn.GroupNorm):
         bn = self.bn
         if not _constant(bn):
             return None
-        tensors = (self.weight, self.bias, bn.weight, bn.bias)
-        mean, var, count = bn.running_mean, bn.running_var, getattr(bn, "num_batches_tracked", None)
+        tensors = [_tensor(m, name) for m in (self, bn) for name in ("weight", "bias")]
+        mean, var = _tensor(bn, "running_mean"), _tensor(bn, "running_var")
+        count = _tensor(bn, "num_batches_tracked")
         backend = bcn_backend(x, *tensors, mean, var, count)
         if backend is None:
             return None
@@ -209,6 +210,14 @@ class BatchChannelNorm2d(nn.GroupNorm):
             f"{self.num_channels}, num_groups={self.num_groups}, eps={self.eps:g}, "
             f"statistics={self.statistics}, fused={backend_name(self.weight)}"
         )
+
+
+def _tensor(module: nn.Module, name: str) -> torch.Tensor | None:
+    # As getattr(module, name, None), which takes a microsecond for what no __dict__ has.
+    for place in (module._parameters, module._buffers):
+        if name in place:
+            return place[name]
+    return getattr(module, name, None)
 
 
 def _constant(bn: nn.Module) -> bool:

@@ -4,11 +4,15 @@ A 3x3 stem without pooling and three stages of 2n basic convolutions each: depth
 those of the config and not 16, 32, 64: Detectron2's GN and this project's BCN have 32 groups.
 """
 
+from collections.abc import Callable
+
+import torch
 from detectron2.config import CfgNode
 from detectron2.layers import CNNBlockBase, Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.resnet import BasicBlock, ResNet
 from fvcore.nn import weight_init
+from torch import nn
 from torch.nn import functional as F
 
 from .build import standardize_by_config
@@ -19,7 +23,7 @@ __all__ = ["CifarStem", "build_cifar_resnet_backbone", "build_ws_cifar_resnet_ba
 class CifarStem(CNNBlockBase):
     """A 3x3 convolution at full resolution, norm and ReLU."""
 
-    def __init__(self, in_channels: int, out_channels: int, norm):
+    def __init__(self, in_channels: int, out_channels: int, norm: str | Callable[[int], nn.Module]):
         """
         Args:
             in_channels, out_channels: of the convolution.
@@ -36,7 +40,7 @@ class CifarStem(CNNBlockBase):
         )
         weight_init.c2_msra_fill(self.conv1)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
         Args:
             x: shape (N, in_channels, H, W).

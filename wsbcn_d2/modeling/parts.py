@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 
 import detectron2.modeling.meta_arch.build as meta_arch
+import torch
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv
 from torch import nn
@@ -71,7 +72,7 @@ def standardize_parts(
     before_norms = set(_before_norms(model))
     take, plain, done = [], [], 0
     for name, module in model.named_modules():
-        if name not in inside or not isinstance(module, (_ConvNd, DeformConv, ModulatedDeformConv)):
+        if name not in inside or not _convolves(module):
             continue
         normalized = getattr(module, "norm", None) is not None or module in before_norms
         if isinstance(module, ReparametrizedConv2d):
@@ -104,6 +105,15 @@ def standardize_parts(
         f"{', '.join(patterns)}{stay}"
     )
     return model
+
+
+def _convolves(module: nn.Module) -> bool:
+    """Whether a module is a convolution, also one of a class of its own (TridentNet's)."""
+    if isinstance(module, (_ConvNd, DeformConv, ModulatedDeformConv)):
+        return True
+    weight = getattr(module, "weight", None)
+    own = isinstance(weight, torch.Tensor) and weight.dim() == 4
+    return own and getattr(module, "norm", None) is not None
 
 
 def _below(model: nn.Module, names: Iterable[str]) -> Iterator[str]:

@@ -6,12 +6,15 @@ those of the stock head.
 """
 
 import logging
+from collections.abc import Callable
 
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from torch import nn
 
 from ..layers import EstimatedBatchNorm2d, standardize_once
 from .build import ws_options
@@ -31,7 +34,7 @@ class WSRetinaNetHead(RetinaNetHead):
     def __init__(
         self,
         *,
-        norm="",
+        norm: str | Callable[[int], nn.Module] = "",
         ws_kind: str = "ws",
         ws_formula: str = "unbiased",
         ws_eps: float = 1e-5,
@@ -61,7 +64,7 @@ class WSRetinaNetHead(RetinaNetHead):
             return super().__call__(*args, **kwargs)
 
     @classmethod
-    def from_config(cls, cfg, input_shape):
+    def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict:
         return {**super().from_config(cfg, input_shape), **ws_options(cfg)}
 
 
@@ -70,7 +73,7 @@ class WSRetinaNet(RetinaNet):
     """``RetinaNet`` with :class:`WSRetinaNetHead`; WS in the backbone is the backbone's own."""
 
     @classmethod
-    def from_config(cls, cfg):
+    def from_config(cls, cfg: CfgNode) -> dict:
         arguments = super().from_config(cfg)
         shapes = arguments["backbone"].output_shape()
         shapes = [shapes[name] for name in cfg.MODEL.RETINANET.IN_FEATURES]

@@ -4,7 +4,10 @@ Detectron2's ``ResNet.make_default_stages`` fixes the width of the bottlenecks, 
 ResNeXt; its config-driven builder has, and this follows that one.
 """
 
+from collections.abc import Callable
+
 from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock, ResNet
+from torch import nn
 
 __all__ = ["make_resnet_stages"]
 
@@ -20,7 +23,7 @@ _BLOCKS = {
 def make_resnet_stages(
     depth: int,
     *,
-    norm,
+    norm: str | Callable[[int], nn.Module],
     num_groups: int = 1,
     width_per_group: int = 64,
     stride_in_1x1: bool = False,

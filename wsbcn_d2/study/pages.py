@@ -62,7 +62,7 @@ def _columns(head: list[str], cells: list[list[str]], kept: Callable[[str], bool
     places = [
         i
         for i, name in enumerate(head)
-        if kept(name) and (name != "images/step" or several > {"1"})
+        if kept(name) and (name != "images/step" or several != {"1"})
     ]
     return markdown([head[i] for i in places], [[line[i] for i in places] for line in cells])
 

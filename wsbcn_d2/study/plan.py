@@ -100,7 +100,7 @@ def flatten(cfg: CfgNode, prefix: str = "") -> dict:
 _defaults = flatten(get_cfg())
 
 
-def default_of(key: str):
+def default_of(key: str) -> object:
     """Default value of a key, None for one that does not exist."""
     return _defaults.get(key)
 

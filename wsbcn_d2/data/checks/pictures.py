@@ -67,7 +67,9 @@ def _look(path: str, entry: dict, decode: bool) -> tuple[tuple | None, list[str]
     name = entry["file_name"]
     try:
         with Image.open(path) as picture:
-            turn = picture.getexif().get(_ORIENTATION, 1)
+            # Of a PNG whose header has no EXIF, Pillow would read all pixels to look behind them.
+            exif = picture.format != "PNG" or "exif" in picture.info
+            turn = picture.getexif().get(_ORIENTATION, 1) if exif else 1
             mode = picture.mode if is_deep(picture) else ""
             notes = _notes(picture)
             size, tiff = picture.size, picture.format == "TIFF"

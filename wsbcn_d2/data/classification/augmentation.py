@@ -16,7 +16,12 @@ __all__ = ["CenterCrop", "PadAndCrop", "RandomResizedCrop"]
 class RandomResizedCrop(T.Augmentation):
     """Cuts out a random part of an image and resizes it to a square (Inception-style crop)."""
 
-    def __init__(self, size: int, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+    def __init__(
+        self,
+        size: int,
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    ):
         """
         Args:
             size: side of the result.
@@ -26,7 +31,7 @@ class RandomResizedCrop(T.Augmentation):
         super().__init__()
         self._init(locals())
 
-    def get_transform(self, image):
+    def get_transform(self, image: np.ndarray) -> T.Transform:
         height, width = image.shape[:2]
         # torchvision asks for an image, and looks at its size alone.
         blank = torch.empty(1, 1, 1).expand(3, height, width)
@@ -51,7 +56,7 @@ class PadAndCrop(T.Augmentation):
         super().__init__()
         self._init(locals())
 
-    def get_transform(self, image):
+    def get_transform(self, image: np.ndarray) -> T.Transform:
         height, width = image.shape[:2]
         p = self.padding
         if self.size > min(height, width) + 2 * p:
@@ -80,7 +85,7 @@ class CenterCrop(T.Augmentation):
         super().__init__()
         self._init(locals())
 
-    def get_transform(self, image):
+    def get_transform(self, image: np.ndarray) -> T.Transform:
         height, width = image.shape[:2]
         x, y = (width - self.size) // 2, (height - self.size) // 2
         return T.CropTransform(x, y, self.size, self.size, width, height)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +121,9 @@ class ClassificationMapper:
         return image
 
 
-def classification_mapper(cfg: CfgNode, names, is_train: bool) -> ClassificationMapper | None:
+def classification_mapper(
+    cfg: CfgNode, names: Iterable[str], is_train: bool
+) -> ClassificationMapper | None:
     """The mapper of classification data sets, None for other data sets (Detectron2's own then).
 
     Args:

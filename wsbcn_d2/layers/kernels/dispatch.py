@@ -80,8 +80,11 @@ def _triton(kind: str) -> ModuleType | None:
 
 
 def _backend(kind: str, x: torch.Tensor) -> ModuleType | None:
+    # First, since Dynamo of torch 2.4 cannot read the environment.
+    if not plain(x) or not x.numel():
+        return None
     wanted = requested_backend()
-    if wanted == "off" or not plain(x) or not x.numel():
+    if wanted == "off":
         return None
     if wanted == "triton" or (wanted == "auto" and x.is_cuda):
         return _triton(kind)

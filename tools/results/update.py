@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Make the committed results anew from the committed records: tables, pages, figures.
 
-    tools/update_results.py [--check] [FOLDER ...]
+    tools/results/update.py [--check] [FOLDER ...]
 
 A folder of results (all of configs/*/results by default) has a NAME.args per study: arguments of
 tools/compare.py. Of each are made NAME.csv, NAME_runs.csv and, if variants share seeds,
@@ -15,8 +15,6 @@ import re
 import sys
 from pathlib import Path
 
-import compare
-
 from wsbcn_d2.engine import UsageError
 from wsbcn_d2.files import replacing
 from wsbcn_d2.study.pages import fill_page
@@ -24,13 +22,18 @@ from wsbcn_d2.study.pairs import compare_pairs, pairs_csv
 from wsbcn_d2.study.plots import make_figures, png_bytes
 from wsbcn_d2.study.summary import runs_csv, summarize, summary_csv
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import compare  # a command beside this folder
+
 
 def records_of(folder, name):
-    """The records of a study, all of them; a run without one is an error."""
-    args = compare.parse([f"@{folder / name}.args"])
-    finished, missing = compare.finished_runs(args)
+    """The committed records of a study, all of them; a run without one is an error."""
+    path = folder / f"{name}.args"
+    if not path.is_file():
+        raise UsageError(f"{path} not found: a page asks for the table of that study")
+    finished, missing = compare.recorded_runs(compare.parse([f"@{path}"]))
     if missing:
-        raise UsageError(f"{folder / name}.args: no record of {missing[0]}")
+        raise UsageError(f"{path}: no record of {missing[0]}")
     return finished
 
 
@@ -44,7 +47,7 @@ def made(folder):
             files[folder / f"{name}_pairs.csv"] = pairs_csv(pairs)
         files[folder / f"{name}_runs.csv"] = runs_csv(records)
     page = folder / "README.md"
-    files[page] = fill_page(page.read_text(), studies.__getitem__)
+    files[page] = fill_page(page.read_text(), lambda name: records_of(folder, name))
     return studies, files
 
 
@@ -78,7 +81,7 @@ def main(argv=None) -> int:
                 write(folder / "plots" / f"{name}-{figure}.png", content)
         if not args.folders:
             differ += [p for p, text in main_page().items() if update(p, text, args.check)]
-    except (UsageError, OSError, KeyError, ValueError) as error:
+    except (UsageError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for path in differ:

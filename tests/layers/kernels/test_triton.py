@@ -1,0 +1,256 @@
+"""Triton's kernels on a machine without a GPU: interpreted, compiled ahead of time, counted."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton", reason="Triton is not installed, so its kernels are not tested")
+
+import aot
+
+from wsbcn_d2 import BatchChannelNorm2d, WSConv2d
+from wsbcn_d2.layers.kernels import launch, triton_bcn, triton_ws
+
+ROOT = Path(__file__).parents[3]
+BCN = ["moments", "settle", "apply", "sums", "settle_backward", "combine"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["check_bcn", "check_ws", "check_layers", "check_gpu_check"])
+def test_interpreted(name):
+    """The interpreter is chosen before Triton is imported, hence the process."""
+    path = ROOT / "tests/layers/kernels/interpreted" / f"{name}.py"
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(path)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout and "skipped" not in result.stdout
+
+
+def bcn_step(shape, layout=torch.contiguous_format, dtype=torch.float32, wide=torch.float32):
+    """What a training step launches for one BCN of 32 groups."""
+    with torch.device("meta"):
+        x = torch.empty(shape, dtype=dtype).contiguous(memory_format=layout)
+        w, c = torch.empty(32, dtype=wide), torch.empty(shape[1], dtype=wide)
+        count = torch.empty((), dtype=torch.int64)
+        y, saved = triton_bcn.bcn_forward(x, w, w, c, c, c, c, count, 1e-5, 0.01, 1e-5, None)
+        triton_bcn.bcn_backward(y, x, w, c, c, saved, (True, True))
+
+
+def ws_step(shape, out=None):
+    with torch.device("meta"):
+        weight = torch.empty(shape)
+        y, _ = triton_ws.ws_forward(weight, "unbiased_std", 1e-5, out)
+        triton_ws.ws_backward(y, weight, (), "unbiased_std", 1e-5)
+
+
+LAST = torch.channels_last
+HALF = torch.bfloat16
+# Large maps, maps of unaligned rows, RoI maps, channels_last, half precision; filters of 1x1 and
+# 3x3 convolutions, and such as exceed the registers. Then bits of the widest access, and the most
+# registers of a thread that leave a GPU enough of them in flight.
+CASES = {
+    "large": (lambda: bcn_step((1, 256, 200, 304)), 128),
+    "unaligned": (lambda: bcn_step((2, 2048, 25, 38)), 64),
+    "RoI": (lambda: bcn_step((512, 256, 7, 7)), 128),
+    "channels_last": (lambda: bcn_step((1, 256, 200, 304), LAST, HALF), 128),
+    "1x1": (lambda: ws_step((256, 512, 1, 1)), 128),
+    "3x3": (lambda: ws_step((512, 512, 3, 3), torch.float16), 64),
+    "5x5": (lambda: ws_step((512, 512, 5, 5)), 128),
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_ahead_of_time(case, target, cache, monkeypatch, record_property):
+    run, bits = CASES[case]
+    if (case, target) == ("RoI", "gfx942"):
+        bits //= 2  # 512 lanes are two for each of four times 64 threads
+    calls = aot.recorded(monkeypatch, run)
+    assert [call.name for call in calls] in (BCN, ["standardize"] * 2)
+    for call in calls:
+        compiled = aot.build(call, aot.TARGETS[target])
+        found = aot.resources(compiled, aot.TARGETS[target])
+        record_property(f"{case} {target} {call.name}", str(found))
+        print(case, target, call.name, found)
+        assert found.spilled <= 64, call.name  # bytes; ptxas spills a few to save registers
+        # One program per group settles: its registers keep no other from running.
+        assert found.registers <= (256 if "settle" in call.name else 128), call.name
+        if "settle" not in call.name:
+            assert found.load >= bits, call.name
+            if call.name in ("apply", "combine", "standardize"):
+                assert found.store >= bits, call.name
+        # What the direct launch passes, in its order.
+        assert list(compiled.src.signature) == call.kernel.arg_names
+        assert len(compiled.src.signature) == len(call.args) + len(call.constants)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 400, 608), (2, 256, 25, 38), (512, 256, 7, 7), (1, 64, 1, 1)]
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_launches_and_bytes_of_a_step(shape, layout, dtype, monkeypatch):
+    calls = aot.recorded(monkeypatch, lambda: bcn_step(shape, layout, dtype))
+    assert [call.name for call in calls] == BCN
+    n, c, h, w = shape
+    numbers = n * c * h * w
+    passes = [
+        sum(a.numel() == numbers and a.dtype == dtype for a in call.args if torch.is_tensor(a))
+        for call in calls
+    ]
+    if h * w > 1:  # else rows are as large as x
+        assert passes == [1, 0, 2, 2, 0, 3]
+    for call in calls:
+        tile = call.constants
+        if "ROWS" in tile:  # every element belongs to one program
+            _, channels, size, chunks, units = call.args[-6 if call.name == "apply" else -5 :][:5]
+            assert (channels, size) == (c, h * w)
+            if tile["FLAT"]:
+                assert units * tile["UNIT"] == tile["ROWS"] * size <= tile["COLS"]
+                assert call.programs * tile["ROWS"] == n * c and c % tile["ROWS"] == 0
+            else:
+                assert units * tile["UNIT"] == (c if tile["LAST"] else size)
+                blocks = -(-c // tile["ROWS"])
+                assert chunks == -(-size // tile["COLS"])
+                assert call.programs == n * blocks * chunks
+            assert tile["ROWS"] * tile["COLS"] <= 8192
+            assert call.programs < 2**31
+        elif call.name.startswith("settle"):
+            block = call.constants
+            assert block["CG"] * block["NB"] * block["CHUNKS"] <= 4096
+            assert call.programs == 32
+
+
+def test_a_weight_is_standardized_by_one_launch_each_way(monkeypatch):
+    for shape in ((256, 64, 1, 1), (512, 512, 3, 3), (64, 3, 7, 7), (8, 2048, 3, 3)):
+        calls = aot.recorded(monkeypatch, lambda shape=shape: ws_step(shape, torch.float16))
+        assert [call.name for call in calls] == ["standardize"] * 2
+        for call in calls:
+            assert call.programs * call.constants["ROWS"] >= shape[0]
+
+
+def test_layers_launch_as_much_as_their_kernels(monkeypatch):
+    """Through the modules: a convolution with its norm is 4 launches each way of ours."""
+    monkeypatch.setenv("WSBCN_FUSED", "triton")
+    with torch.device("meta"):
+        conv = WSConv2d(64, 64, 1, bias=False, norm=BatchChannelNorm2d(64))
+        x = torch.empty(1, 64, 8, 8, requires_grad=True)
+
+    calls = aot.recorded(monkeypatch, lambda: conv(x).sum().backward())
+    assert [call.name for call in calls] == ["standardize", *BCN, "standardize"]
+    with torch.no_grad():
+        calls = aot.recorded(monkeypatch, lambda: conv.eval()(x))
+    assert [call.name for call in calls] == ["standardize", *BCN[:3]]
+
+
+def test_without_a_gpu_and_interpreter_they_take_nothing(monkeypatch):
+    monkeypatch.setenv("WSBCN_FUSED", "triton")
+    norm, conv = BatchChannelNorm2d(64), WSConv2d(64, 64, 1)
+    assert not launch.INTERPRETED
+    assert norm(torch.randn(1, 64, 4, 4)).grad_fn.name() == "NativeGroupNormBackward0"
+    assert conv(torch.randn(1, 64, 4, 4)).isfinite().all()
+
+
+class Kernel:
+    """Stands for a compiled kernel and for Triton's way of launching it."""
+
+    def __init__(self, parameters):
+        self.calls, self.direct = [], []
+        self.made = SimpleNamespace(
+            src=SimpleNamespace(signature=dict.fromkeys(range(parameters))),
+            function="function", packed_metadata="metadata",
+            run=lambda *args: self.direct.append(args),
+        )  # fmt: skip
+
+    def __getitem__(self, grid):
+        def call(*args, **options):
+            self.calls.append((grid, args, options))
+            return self.made
+
+        return call
+
+
+def test_the_second_launch_is_direct():
+    kernel = Kernel(5)
+    run = launch.Launch(kernel, 7, ("kind",), (3, 4), 8, EPS=0.5)
+    run(11, "x", None)
+    assert kernel.calls == [((7,), ("x", None, 3, 4), {"EPS": 0.5, "num_warps": 8})]
+    run(11, "y", None)
+    expected = (7, 1, 1, 11, "function", "metadata", None, None, None, "y", None, 3, 4, 0.5)
+    assert kernel.direct == [expected] and len(kernel.calls) == 1
+    # Another size of the same kind needs nothing compiled; unaligned addresses go Triton's way.
+    other = launch.Launch(kernel, 9, ("kind",), (5, 6), 8, EPS=0.5)
+    other(11, "z", None)
+    assert kernel.direct[1][0] == 9 and kernel.direct[1][-3:] == (5, 6, 0.5)
+    other(None, "z", None)
+    assert len(kernel.direct) == 2 and len(kernel.calls) == 2
+    # An unaligned first call must not be what later ones repeat.
+    third = launch.Launch(kernel, 9, ("another kind",), (5, 6), 8, EPS=0.5)
+    third(None, "z", None)
+    third(11, "z", None)
+    assert len(kernel.direct) == 2 and len(kernel.calls) == 4
+
+
+@pytest.mark.parametrize("parameters", [4, None])
+def test_a_triton_of_other_internals_is_launched_its_own_way(parameters):
+    """Before 3.3 constants are no arguments; what a later one may lack is not known."""
+    kernel = Kernel(parameters or 0)
+    if parameters is None:
+        del kernel.made.packed_metadata, kernel.made.src
+    run = launch.Launch(kernel, 7, ("kind",), (3, 4), 8, EPS=0.5)
+    for _ in range(3):
+        run(11, "x", None)
+    assert len(kernel.calls) == 3 and not kernel.direct
+
+
+def test_unaligned_addresses_are_seen(monkeypatch):
+    monkeypatch.setattr(launch, "on_gpu", lambda x: True)
+    monkeypatch.setattr(launch, "_raw_stream", lambda device: 5)
+    aligned = torch.empty(64)
+    assert launch.stream_of(aligned) == launch.stream_of(aligned, aligned[4:]) == 5
+    assert launch.stream_of(aligned[1:]) is launch.stream_of(aligned, aligned[2:]) is None
+
+
+def test_plans_are_kept_by_what_they_depend_on(monkeypatch):
+    calls = []
+    for shape in ((1, 64, 8, 8), (1, 64, 8, 8), (1, 64, 16, 8)):
+        calls.append(aot.recorded(monkeypatch, lambda shape=shape: bcn_step(shape)))
+    first, again, other = ([call.args[-4:] for call in step] for step in calls)
+    assert first == again != other
+    half = aot.recorded(monkeypatch, lambda: bcn_step((1, 64, 8, 8), dtype=HALF))
+    assert half[0].args[0].dtype == HALF and half[0].args[1].dtype == torch.float32
+
+
+def test_layers_compile_no_graphs_of_their_own(monkeypatch):
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    monkeypatch.setenv("WSBCN_FUSED", "triton")
+    with torch.device("meta"):
+        model = nn.Sequential(
+            *[WSConv2d(c, 2 * c, 1, norm=BatchChannelNorm2d(2 * c)) for c in (32, 64, 128, 256)]
+        )
+
+    def run():
+        for training in (True, False, True):
+            model.train(training)(torch.empty(1, 32, 8, 8, device="meta")).sum().backward()
+
+    assert len(aot.recorded(monkeypatch, run)) == 3 * 4 * 8
+    assert not any(counters.values())

@@ -1,0 +1,146 @@
+"""What the parts of a run are made of, read off a config."""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.engine import HookBase
+from torch import nn
+
+from ..checkpoint import LoadExpectation
+from ..data import RangeMapper, classification_mapper
+from .hooks import EstimateSync, ResumedSchedule, UpdateRateSchedule
+from .monitor import ChannelMonitor
+
+__all__ = [
+    "build_mapper",
+    "estimate_hooks",
+    "expectation",
+    "resumed_schedule",
+    "schedule_by_epochs",
+]
+
+
+def estimate_hooks(
+    rate: float | None = None,
+    schedule: str = "constant",
+    sync: bool = True,
+    monitor_period: int = 0,
+) -> list[HookBase]:
+    """The hooks that look after running estimates, from a YAML or a Python config's options.
+
+    Args:
+        rate: base rate; None for what the model's norms have (:func:`set_estimates`).
+        schedule: ``MODEL.BCN.UPDATE_RATE_SCHEDULE``.
+        sync: ``MODEL.BCN.SYNC_ESTIMATES``.
+        monitor_period: ``MODEL.BCN.MONITOR_PERIOD``.
+
+    Raises:
+        ValueError: for a rate, schedule or period that there is none of.
+    """
+    result: list[HookBase] = [UpdateRateSchedule(rate, schedule)]
+    if sync:
+        result.append(EstimateSync())
+    if monitor_period:
+        result.append(ChannelMonitor(monitor_period))
+    return result
+
+
+_OPTIONS = (
+    *("BASE_LR", "BIAS_LR_FACTOR", "MOMENTUM", "NESTEROV"),
+    *("WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_BIAS"),
+)
+_LENGTHS = (
+    *("IMS_PER_BATCH", "LR_SCHEDULER_NAME", "STEPS", "GAMMA", "MAX_ITER"),
+    *("WARMUP_FACTOR", "WARMUP_ITERS", "WARMUP_METHOD"),
+)
+
+
+def resumed_schedule(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> ResumedSchedule:
+    """The hook that compares a config's schedule with the checkpoint's.
+
+    Raises:
+        ValueError: for an unknown ``SOLVER.ON_RESUME``.
+    """
+
+    def values(names):
+        found = {f"SOLVER.{name}": cfg.SOLVER[name] for name in names}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+
+    take = cfg.SOLVER.ON_RESUME
+    return ResumedSchedule(optimizer, values(_OPTIONS), values(_LENGTHS), take=take)
+
+
+def expectation(cfg: CfgNode, model: nn.Module) -> LoadExpectation:
+    """What the weights of a YAML config's model have to be, and what its checkpoints record.
+
+    Args:
+        cfg: the config.
+        model: built from it; asked where ``MODEL.WS.PARTS`` and not the backbone's name decides.
+    """
+    expected = LoadExpectation.from_cfg(cfg)
+    if not cfg.MODEL.WS.PARTS:
+        return expected
+    own = {
+        (module.ws_formula, module.ws_eps)
+        for module in getattr(model, "backbone", model).modules()
+        if hasattr(module, "ws_formula")
+    }
+    formula, eps = own.pop() if len(own) == 1 else (None if own else "none", None)
+    return dataclasses.replace(expected, ws_formula=formula, ws_eps=eps)
+
+
+def schedule_by_epochs(cfg: CfgNode) -> CfgNode:
+    """The config with ``SOLVER.EPOCHS`` turned into iterations.
+
+    Args:
+        cfg: its training sets are loaded if it counts in epochs.
+
+    Returns:
+        CfgNode: a new config, or ``cfg`` if there is nothing to do. ``SOLVER.MAX_ITER`` is the
+        number of steps in which every picture that is trained on is seen ``EPOCHS`` times;
+        ``STEPS``, ``TEST.EVAL_PERIOD`` and ``CHECKPOINT_PERIOD`` keep their shares of it, and the
+        warm-up is no longer than a tenth.
+    """
+    if not cfg.SOLVER.EPOCHS:
+        return cfg
+    records = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+        if cfg.MODEL.KEYPOINT_ON
+        else 0,
+    )
+    cfg = cfg.clone()
+    cfg.defrost()
+    solver = cfg.SOLVER
+    iterations = max(1, round(solver.EPOCHS * len(records) / solver.IMS_PER_BATCH))
+    share = iterations / solver.MAX_ITER
+    solver.STEPS = tuple(round(step * share) for step in solver.STEPS)
+    cfg.TEST.EVAL_PERIOD = math.ceil(cfg.TEST.EVAL_PERIOD * share)
+    solver.CHECKPOINT_PERIOD = math.ceil(solver.CHECKPOINT_PERIOD * share)
+    solver.WARMUP_ITERS = min(solver.WARMUP_ITERS, iterations // 10)
+    solver.MAX_ITER, solver.EPOCHS = iterations, 0
+    cfg.freeze()
+    logging.getLogger(__name__).info(
+        f"{len(records)} pictures, {solver.IMS_PER_BATCH} a step: {iterations} iterations, "
+        f"learning rate lower at {solver.STEPS}"
+    )
+    return cfg
+
+
+def build_mapper(cfg: CfgNode, names: Sequence[str], *, is_train: bool) -> Callable | None:
+    """What turns a record of data sets into a model's input, where that is not Detectron2's own.
+
+    Returns:
+        The mapper of classification data sets, or one that reads pictures of more than 8 bits with
+        ``INPUT.PICTURE_RANGE``; None for Detectron2's ``DatasetMapper``.
+    """
+    mapper = classification_mapper(cfg, names, is_train=is_train)
+    if mapper is None and cfg.INPUT.PICTURE_RANGE:
+        return RangeMapper(DatasetMapper(cfg, is_train), cfg.INPUT.PICTURE_RANGE)
+    return mapper
