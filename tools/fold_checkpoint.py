@@ -22,6 +22,7 @@ from detectron2.modeling import build_model
 from wsbcn_d2 import fold
 from wsbcn_d2.checkpoint import WSBCNCheckpointer
 from wsbcn_d2.checkpoint.saving import save
+from wsbcn_d2.config import one_line
 from wsbcn_d2.engine import UsageError, load_config
 from wsbcn_d2.engine.processes import one_line_errors
 from wsbcn_d2.engine.trainer import expectation
@@ -49,9 +50,11 @@ def main(argv=None) -> None:
     if os.path.abspath(args.output) == os.path.abspath(args.weights):
         parser.error("--output would overwrite --weights")
     cfg = load_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
-    model = build_model(cfg)
-    checkpointer = WSBCNCheckpointer(model, expected=expectation(cfg, model))
-    checkpointer.load(args.weights)
+    try:
+        model = build_model(cfg)
+    except (KeyError, ValueError, AssertionError, AttributeError, TypeError) as error:
+        raise UsageError(f"the model cannot be built: {one_line(error)}") from error
+    WSBCNCheckpointer(model, expected=expectation(cfg, model)).load(args.weights)
     try:
         state = _LAYOUTS[args.layout](model)
     except ValueError as error:

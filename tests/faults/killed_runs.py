@@ -190,7 +190,7 @@ def last_checkpoint(output):
     if not tag.exists():
         return None
     name = tag.read_text()
-    content = read_file(str(Path(output) / name)).data
+    content = read_file(str(Path(output) / name))[0]
     return name, digest(content["model"]), content["trainer"]["iteration"]
 
 
@@ -238,7 +238,7 @@ def main():
     report["exit_straight"] = finish(start(straight, False, *rarely))
     report["left"] = sorted(path.name for path in output.glob(".*"))
     for name, path in (("resumed", output), ("straight", straight)):
-        content = read_file(str(path / "model_final.pth")).data
+        content = read_file(str(path / "model_final.pth"))[0]
         momentum = content["trainer"]["_trainer"]["optimizer"]["state"]
         report[name] = {
             "model": digest(content["model"]),

@@ -3,6 +3,7 @@
 import errno
 import os
 
+import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -207,3 +208,54 @@ def test_remote_folders_are_left_to_the_path_manager(tmp_path):
         ("s3://bucket/run/model_1.pth", "wb"),
         ("s3://bucket/run/last_checkpoint", "w"),
     ]
+
+
+class Custom:
+    """An object of somebody's own."""
+
+
+HOOK_STATES = {
+    "arrays": ({"best": np.float64(0.5), "curve": np.arange(3.0), "names": ["a"]}, None),
+    "object": ({"best": Custom()}, "test_atomic.Custom"),
+    "function": ({"best": len}, "builtins.len"),
+    "sparse": ({"best": torch.eye(2).to_sparse()}, "_rebuild_sparse_tensor"),
+}
+
+
+@pytest.mark.parametrize("kind", HOOK_STATES)
+def test_what_would_not_be_read_again_is_refused_at_saving(saved, kind):
+    folder, cls = saved
+    state, refused = HOOK_STATES[kind]
+
+    class Hook(State):
+        def state_dict(self):
+            return {"iteration": 3, **state}
+
+    checkpointer = cls(nn.Linear(300, 300), str(folder), trainer=Hook(3))
+    if refused is None:
+        checkpointer.save("model_3")
+        assert resume(folder, WSBCNCheckpointer) == 3
+        return
+    with pytest.raises(CheckpointError, match=refused) as caught:
+        checkpointer.save("model_3")
+    assert "cannot save" in str(caught.value) and "\n" not in str(caught.value)
+    assert not (folder / "model_3.pth").exists() and not (folder / PART_FILE).exists()
+    assert resume(folder, cls) == 2
+
+
+@pytest.mark.parametrize("kind", ["object", "function"])
+def test_a_whole_file_that_is_not_admitted_is_not_called_damaged(tmp_path, kind):
+    """As another program, or torch.save, wrote it."""
+    state, name = HOOK_STATES[kind]
+    model = nn.Linear(300, 300)
+    torch.save({"model": model.state_dict(), "trainer": state}, tmp_path / "model_1.pth")
+    (tmp_path / "last_checkpoint").write_text("model_1.pth")
+    with pytest.raises(CheckpointError, match=name) as caught:
+        resume(tmp_path, WSBCNCheckpointer)
+    message = str(caught.value)
+    assert message.startswith("cannot resume: ") and "\n" not in message
+    assert "the file is whole" in message and "damaged" not in message
+    make(tmp_path, value=0.0).save("model_0")
+    (tmp_path / "last_checkpoint").write_text("model_1.pth")
+    with pytest.raises(CheckpointError, match="model_0.pth is whole: to resume from it"):
+        resume(tmp_path, WSBCNCheckpointer)

@@ -68,8 +68,7 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
     ):
         """
         Args:
-            model: a detector, or it wrapped in DDP.
-            save_dir, save_to_disk, **checkpointables: as in ``DetectionCheckpointer``.
+            model, save_dir, save_to_disk, **checkpointables: as in ``DetectionCheckpointer``.
             expected: what the weights have to be; None reads it off the model.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
@@ -90,7 +89,9 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
             CheckpointError: see the class.
         """
         path = self._without_options(path)
-        if "?" in path and os.path.isfile(path):  # Detectron2 would cut it off
+        if path and "://" not in path and not os.path.isfile(path):
+            raise CheckpointError(f"{path}: no such file")
+        if "?" in path and "://" not in path:  # Detectron2 would cut it off
             return Checkpointer.load(self, path, *args, **kwargs)
         return super().load(path, *args, **kwargs)
 
@@ -123,13 +124,13 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
     def _load_file(self, filename):
         if self._path.startswith(PREFIX):
             return read_entry(self._path.removeprefix(PREFIX), filename)
-        content = read_file(filename)
-        if content.foreign:
-            kinds = ", ".join(content.foreign[:4])
+        content, foreign = read_file(filename)
+        if foreign:
+            kinds = ", ".join(foreign[:4])
             if self._resuming:
                 raise NotAdmittedError(f"{filename} holds {kinds}, which are not read")
             self.logger.info(f"{filename}: objects left out: {kinds}")
-        data = {k: v for k, v in content.data.items() if not isinstance(v, Foreign)}
+        data = {k: v for k, v in content.items() if not isinstance(v, Foreign)}
         if "model" not in data:
             try:
                 data = {"model": unwrap(content).state}

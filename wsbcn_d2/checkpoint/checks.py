@@ -50,9 +50,6 @@ class LoadExpectation:
     def from_cfg(cls, cfg: CfgNode) -> "LoadExpectation":
         """Reads a config: this project's, or a stock one (which has no WS).
 
-        Args:
-            cfg: CfgNode.
-
         Returns:
             LoadExpectation; the norm is None for a backbone that is not a ResNet.
         """
@@ -109,9 +106,6 @@ class LoadExpectation:
 def backbone_names(names) -> list[str]:
     """The bottom-up network's names in a model's state dict.
 
-    Args:
-        names: iterable of str, all of the model's names.
-
     Returns:
         those below ``backbone.bottom_up.``, else below ``backbone.`` and ``roi_heads.res5.``,
         else all of a bare ResNet's, else none; without a classifier's linear layer, which is a
@@ -131,21 +125,15 @@ def check_conventions(
     path: str,
     insist: bool = False,
 ) -> list[str]:
-    """Compares a checkpoint's names and record with what a model expects.
+    """Compares a checkpoint's own names and record, if any, with what a model expects.
 
-    Args:
-        state: the checkpoint's own names (before any matching) -> tensors.
-        recorded: its metadata, None if it has none.
-        expected: the model's.
-        path: for messages.
-        insist: warn of another norm or formula instead of refusing it.
+    With ``insist``, another norm or formula is a warning; what is only presumed always is.
 
     Returns:
         warnings, one line each.
 
     Raises:
-        CheckpointError: foreign names, another norm or another WS formula. What the record only
-            presumes is a warning.
+        CheckpointError: foreign names, another norm or another WS formula.
     """
     _refuse_foreign_names(state, path)
     warnings: list[str] = []
@@ -242,12 +230,7 @@ def check_coverage(
     """Checks that a state dict fills a model's whole backbone.
 
     Where the checkpoint has a FPN, all of ``backbone.`` is meant, else the bottom-up network.
-
-    Args:
-        model: not wrapped in DDP.
-        state: the model's names -> tensors, after any matching.
-        path: for messages.
-        warnings: where the user insists, takes what would be refused.
+    ``warnings``, where the user insists, takes what would be refused.
 
     Returns:
         (number of the model's names that the checkpoint fills, number of the model's names).

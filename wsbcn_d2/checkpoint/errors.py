@@ -18,10 +18,6 @@ class NotAdmittedError(CheckpointError):
 def shortened(names, limit=4):
     """Joins names for an error line, the first ``limit`` of them and a count of the rest.
 
-    Args:
-        names: iterable of str.
-        limit: how many to write out.
-
     Returns:
         str, for example ``"a, b and 12 more"``.
     """

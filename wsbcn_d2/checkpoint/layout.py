@@ -36,9 +36,6 @@ OPTIONAL_SUFFIX = "num_batches_tracked"
 def norm_kind(names) -> str | None:
     """Tells the kind of norm from Detectron2 names.
 
-    Args:
-        names: iterable of str.
-
     Returns:
         "BCN", "BN" (with its frozen, synchronized and estimated relatives), "GN" (group norm or
         any other pair of per-channel weight and bias) or None where there is no norm.
@@ -117,9 +114,6 @@ def _shapes(model: nn.Module, prefix: str = "") -> dict[str, tuple[int, ...]]:
 def infer_backbone(state: Mapping[str, torch.Tensor]) -> BackboneLayout:
     """Works out which ResNet a state dict of bare Detectron2 names belongs to.
 
-    Args:
-        state: names such as ``res2.0.conv1.weight`` -> tensors.
-
     Returns:
         BackboneLayout. Only names and two shapes are looked at; see `check_shapes`.
 
@@ -159,10 +153,6 @@ def infer_backbone(state: Mapping[str, torch.Tensor]) -> BackboneLayout:
 def check_shapes(state: Mapping[str, torch.Tensor], expected: Mapping[str, tuple]) -> None:
     """Compares a state dict with a table of names and shapes.
 
-    Args:
-        state: names -> tensors.
-        expected: names -> shapes; ``num_batches_tracked`` may be missing from the state.
-
     Raises:
         CheckpointError: with the missing and extra names and the shapes that differ.
     """
@@ -189,9 +179,6 @@ def check_shapes(state: Mapping[str, torch.Tensor], expected: Mapping[str, tuple
 def split_backbone(names) -> tuple[str, dict[str, str]]:
     """Finds the ResNet among Detectron2 names.
 
-    Args:
-        names: iterable of str, a FPN detector's, a C4 or DC5 detector's or a bare backbone's.
-
     Returns:
         (kind, bare name -> name as given); the kind is "fpn", "c4", "bare" or, without a ResNet,
         "". A C4 detector's ``roi_heads.res5`` counts as part of its ResNet.
@@ -214,10 +201,6 @@ def detector_shapes(rest: Mapping[str, torch.Tensor], layout: BackboneLayout) ->
 
     Widths that a configuration may choose (FPN channels, fc size, classes, anchors) are taken
     from one tensor each; everything else is Detectron2's.
-
-    Args:
-        rest: a detector's parameters without the ResNet, Detectron2 names.
-        layout: its ResNet.
 
     Returns:
         names -> shapes.

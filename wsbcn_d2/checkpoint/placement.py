@@ -15,10 +15,6 @@ def place_backbone(
 ) -> dict[str, torch.Tensor]:
     """Renames a plain backbone (a classifier's, ``backbone.stem.``) to where a model has its own.
 
-    Args:
-        state: a checkpoint's names -> tensors.
-        own_names: the model's names.
-
     Returns:
         ``state`` with stem and stages renamed; unchanged if it has no plain backbone, or none of
         the model's names is meant.

@@ -48,7 +48,7 @@ def check_admitted(file: str, path: str) -> None:
         NotAdmittedError: naming what is in it besides tensors, arrays and plain data.
     """
     try:
-        found = ", ".join(read_file(file, data=False).foreign[:4])
+        found = ", ".join(read_file(file, data=False)[1][:4])
     except NotAdmittedError as error:
         found = str(error).partition("it holds ")[2].partition(", and only")[0] or "a function"
     if found:
@@ -65,8 +65,8 @@ def save(data: dict, path: str) -> None:
         CheckpointError: it cannot be written (no space, no permission, ...).
     """
     try:
-        with replacing(path) as part:
-            torch.save(data, part)
+        with replacing(path) as part, open(part, "wb") as stream:
+            torch.save(data, stream)
     except (OSError, RuntimeError) as error:
         if (reason := _os_error(error)) is None:
             raise
@@ -92,8 +92,8 @@ def usable_checkpoints(folder: str, needed: Iterable[str] = ()) -> Iterator[str]
 
 def _is_whole(path: str, needed: Iterable[str] = ()) -> bool:
     try:
-        content = read_file(path)
-        return {"model", *needed} <= set(content.data) and not content.foreign
+        data, foreign = read_file(path)
+        return {"model", *needed} <= set(data) and not foreign
     except (CheckpointError, TypeError):
         return False
 

@@ -153,17 +153,3 @@ CATALOG: dict[str, Entry] = {
         *(_detector(*line.split()) for line in _DETECTORS.strip().splitlines()),
     )
 }
-
-
-def table() -> list[str]:
-    """Returns the catalog as lines of a table."""
-    rows = [("name", "norm", "WS formula", "input", "licence", "reported")]
-    rows += [
-        (f"{PREFIX}{e.name}", e.norm, e.formula, e.pixels.input_format, e.licence, e.score)
-        for e in CATALOG.values()
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]

@@ -19,10 +19,6 @@ _BLOCK = 1 << 20
 def download(url: str, path: str) -> str:
     """Downloads to a path of the caller's choosing, a temporary name.
 
-    Args:
-        url: http or https; redirects are followed.
-        path: written; its content is meaningless after an error.
-
     Returns:
         hexadecimal SHA-256 of the file.
 

@@ -20,11 +20,6 @@ _COPY = 1 << 24
 def unpickled(stream: BinaryIO, size: int, storage: Callable | None = None):
     """Reads the pickle at a stream's place, checked first; leaves the stream behind it.
 
-    Args:
-        stream: seekable.
-        size: bytes of the whole file.
-        storage: see `RestrictedUnpickler`.
-
     Returns:
         (what was pickled, names of the kinds of object left out).
     """
@@ -62,12 +57,7 @@ def _entries(archive: zipfile.ZipFile, size: int) -> tuple[str, dict[str, zipfil
 
 
 def read_archive(path: str, size: int, data: bool = True):
-    """Reads a zip file of torch's.
-
-    Args:
-        path: local file.
-        size: its bytes.
-        data: False to read the structure alone; tensors are then on "meta".
+    """Reads a zip file of torch's; without ``data`` its structure alone, tensors on "meta".
 
     Returns:
         as `unpickled`.
@@ -111,10 +101,6 @@ def _fill(raw: np.ndarray, stream: BinaryIO) -> None:
 
 def read_legacy(stream: BinaryIO, size: int):
     """Reads the pickles after the magic number, then the storages.
-
-    Args:
-        stream: behind the magic number.
-        size: bytes of the file.
 
     Returns:
         as `unpickled`.

@@ -1,12 +1,13 @@
 """The state dict in what a file holds: unwrapped, under the model's own names."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from ..errors import CheckpointError
-from .opening import Content, file_sha256, read_file
+from .opening import file_sha256, read_file
 
 _WRAPPERS = ("state_dict", "model", "model_state", "blobs")
 
@@ -49,9 +50,6 @@ def as_tensor(name: str, value) -> torch.Tensor:
 def bare_names(names) -> dict[str, str]:
     """Removes what wrappers put before names: DataParallel, torch.compile, Lightning.
 
-    Args:
-        names: list of str.
-
     Returns:
         name as given -> bare name.
 
@@ -68,12 +66,13 @@ def bare_names(names) -> dict[str, str]:
     return bare
 
 
-def unwrap(content: dict | Content) -> Source:
+def unwrap(data: dict, foreign: Sequence[str] = ()) -> Source:
     """Finds the state dict in a container and removes what wrappers put before names.
 
     Args:
-        content: as read: a bare state dict, or one under ``state_dict``, ``model``,
+        data: as read: a bare state dict, or one under ``state_dict``, ``model``,
             ``model_state`` or ``blobs``.
+        foreign: kinds of object that were left out of it.
 
     Returns:
         Source.
@@ -81,8 +80,6 @@ def unwrap(content: dict | Content) -> Source:
     Raises:
         CheckpointError: no state dict, an empty one, or entries that are not tensors.
     """
-    content = content if isinstance(content, Content) else Content(content)
-    data = content.data
     wrapper = next((key for key in _WRAPPERS if isinstance(data.get(key), dict)), None)
     state = data[wrapper] if wrapper else data
     extra = {key: value for key, value in data.items() if key != wrapper} if wrapper else {}
@@ -94,8 +91,8 @@ def unwrap(content: dict | Content) -> Source:
     for prefix in ("module.", "_orig_mod.", "model."):
         if any(prefix in name and prefix not in new for name, new in bare.items()):
             source.notes.append(f"{prefix!r} removed from the names")
-    if content.foreign:
-        source.notes.append(f"objects left out: {', '.join(content.foreign[:8])}")
+    if foreign:
+        source.notes.append(f"objects left out: {', '.join(foreign[:8])}")
     return source
 
 
@@ -111,9 +108,9 @@ def read_checkpoint(path: str) -> Source:
     Raises:
         CheckpointError: see `read_file` and `unwrap`; the message starts with the path.
     """
-    content = read_file(path)
+    data, foreign = read_file(path)
     try:
-        source = unwrap(content)
+        source = unwrap(data, foreign)
     except CheckpointError as err:
         raise CheckpointError(f"{path}: {err}") from err
     source.sha256 = file_sha256(path)

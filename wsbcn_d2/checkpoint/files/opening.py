@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import zipfile
-from dataclasses import dataclass, field
 
 from safetensors.torch import load_file
 
@@ -23,19 +22,6 @@ _NOT_CHECKPOINTS = (  # first bytes (lower case, after white space) -> what the 
     (b"bzh", "bzip2-compressed"),
     (b"\xfd7zxz", "xz-compressed"),
 )
-
-
-@dataclass
-class Content:
-    """What a file holds.
-
-    Attributes:
-        data: the container as saved.
-        foreign: kinds of object that were left out of it, sorted.
-    """
-
-    data: dict
-    foreign: list[str] = field(default_factory=list)
 
 
 def file_sha256(path: str) -> str:
@@ -70,7 +56,7 @@ def check_head(path: str) -> bytes:
     return head
 
 
-def read_file(path: str, data: bool = True) -> Content:
+def read_file(path: str, data: bool = True) -> tuple[dict, list[str]]:
     """Reads a checkpoint file by its content, whatever its extension; runs nothing in it.
 
     Args:
@@ -78,7 +64,7 @@ def read_file(path: str, data: bool = True) -> Content:
         data: False to read a zip file's structure alone (tensors on "meta").
 
     Returns:
-        Content.
+        (the container as saved, kinds of object that were left out of it).
 
     Raises:
         CheckpointError: not a checkpoint, damaged, or with functions that are not admitted.
@@ -96,7 +82,7 @@ def read_file(path: str, data: bool = True) -> Content:
         what = getattr(result, "path", type(result).__name__)
         mend = ": save its state_dict() instead" if foreign else ""
         raise CheckpointError(f"{path}: holds a {what}, not a dict of tensors{mend}")
-    return Content(result, sorted(foreign))
+    return result, sorted(foreign)
 
 
 def _read(path, head, data):
@@ -123,7 +109,7 @@ def _read_shards(path):
     for name in sorted(set(weight_map.values())):
         if os.path.basename(name) != name:
             raise CheckpointError(f"shard {name[:80]!r} is not a file beside the index")
-        state |= read_file(os.path.join(os.path.dirname(path), name)).data
+        state |= read_file(os.path.join(os.path.dirname(path), name))[0]
     if missing := weight_map.keys() - state.keys():
         raise CheckpointError(f"its shards lack {len(missing)} tensors, {min(missing)[:80]} first")
     return state

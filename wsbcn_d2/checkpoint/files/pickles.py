@@ -284,10 +284,6 @@ def check_opcodes(stream: BinaryIO, size: int) -> None:
     the highest), objects that contain themselves many times over (a nested pair of 40 levels takes
     2^40 steps as a key), depth, and attributes set on a function or class.
 
-    Args:
-        stream: at the start of a pickle.
-        size: bytes of the file.
-
     Raises:
         CheckpointError: out of bounds.
         Exception: of any kind, for a damaged pickle.
@@ -299,7 +295,7 @@ def check_opcodes(stream: BinaryIO, size: int) -> None:
     for count, (opcode, arg, _) in enumerate(pickletools.genops(_Bounded(stream, size))):
         name, before = opcode.name, opcode.stack_before
         if name == "FRAME" and arg > size:
-            raise CheckpointError("it announces more than it holds: cut short?")
+            raise CheckpointError("damaged or cut short: it announces more than it holds")
         if name == "MARK":
             marks.append(len(stack))
         elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):

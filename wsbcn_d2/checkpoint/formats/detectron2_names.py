@@ -19,9 +19,6 @@ _RULES = [
 def convert_detectron2(state: Mapping[str, torch.Tensor]) -> Mapped:
     """Keeps Detectron2's names and drops what no model of today takes.
 
-    Args:
-        state: a whole model's or a bare backbone's Detectron2 names -> tensors.
-
     Returns:
         Mapped.
     """

@@ -21,52 +21,34 @@ def _flat(tensor):
     return tensor.reshape(-1) if tensor.dim() == 3 else tensor
 
 
-def _norm_name(stem):
-    def rename(match):
-        suffix = match["norm"].replace("pbn.", "bn.")
-        return f"{stem(match)}.norm.{suffix}"
-
-    return rename
-
-
-def _stage(match):
-    return f"res{int(match['stage']) + 1}.{match['block']}"
-
-
-def resnet_rules(prefix: str = "", stem: str = "", target: str = "") -> list[Rule]:
-    """The table for a torchvision-style ResNet, whatever the norm.
+def resnet_rules(prefix: str = "", target: str = "") -> list[Rule]:
+    """The table for a torchvision-style ResNet, whatever the norm, without the classifier.
 
     Args:
-        prefix: what stands before ``layer1`` in the source, for example ``backbone.body.``.
-        stem: what stands between ``prefix`` and ``conv1``, for example ``stem.``.
+        prefix: what stands before ``layer1`` in the source, for example ``backbone.``.
         target: put before the new names.
-
-    Returns:
-        list of Rule, without one for the classifier.
     """
-    start, block = re.escape(prefix), r"layer(?P<stage>[1-4])\.(?P<block>\d+)\."
-    stem = re.escape(prefix + stem)
 
-    def rule(pattern, name, norm=False):
-        def rename(match):
-            return target + name(match)
+    def rename(match):
+        parts = match.groupdict()
+        block = f"res{int(parts['stage']) + 1}.{parts['block']}." if "stage" in parts else "stem."
+        layer = f"conv{parts['conv']}" if "conv" in parts else "shortcut"
+        norm = parts.get("norm", "").replace("pbn.", "bn.")
+        return f"{target}{block}{layer}.{'norm.' + norm if norm else 'weight'}"
 
-        return Rule(pattern, _norm_name(rename) if norm else rename, value=_flat if norm else None)
+    def rules(start, conv, norm):
+        return [
+            Rule(rf"{start}{conv}\.weight", rename),
+            Rule(rf"{start}{norm}\.{_NORM}", rename, value=_flat),
+        ]
 
-    def conv(match):
-        return f"{_stage(match)}.conv{match['conv']}"
-
-    def shortcut(match):
-        return f"{_stage(match)}.shortcut"
-
+    start = re.escape(prefix)
+    block = start + r"layer(?P<stage>[1-4])\.(?P<block>\d+)\."
     return [
         Rule(rf"{start}.*\.estbn_moving_speed", None, MOVING_SPEED),
-        rule(rf"{stem}conv1\.weight", lambda m: "stem.conv1.weight"),
-        rule(rf"{stem}[bg]n1\.{_NORM}", lambda m: "stem.conv1", norm=True),
-        rule(rf"{start}{block}conv(?P<conv>[123])\.weight", lambda m: conv(m) + ".weight"),
-        rule(rf"{start}{block}[bg]n(?P<conv>[123])\.{_NORM}", conv, norm=True),
-        rule(rf"{start}{block}downsample\.0\.weight", lambda m: shortcut(m) + ".weight"),
-        rule(rf"{start}{block}downsample\.1\.{_NORM}", shortcut, norm=True),
+        *rules(start, "conv(?P<conv>1)", "[bg]n(?P<conv>1)"),
+        *rules(block, "conv(?P<conv>[123])", "[bg]n(?P<conv>[123])"),
+        *rules(block, r"downsample\.0", r"downsample\.1"),
     ]
 
 
@@ -76,10 +58,6 @@ def revive_counters(mapped: Mapped, source: Mapping[str, torch.Tensor]) -> None:
     The estimated batch norm sets its estimates from the first batch while the counter is 0. Two
     kinds of source would lose their estimates that way: files older than the counter, and those
     with the reference's EstBN, which never counts.
-
-    Args:
-        mapped: changed in place; a counter of 1 is added or put in.
-        source: the state dict that it came from.
     """
     estimated = any(key.endswith("estbn_moving_speed") for key in source)
     revived = 0

@@ -42,7 +42,7 @@ def _rules(background_first):
     param = r"\.(weight|bias)"
     return [
         Rule(r"data_preprocessor\..+", None, "pixel statistics come from the config"),
-        *resnet_rules("backbone.", "", BOTTOM_UP),
+        *resnet_rules("backbone.", BOTTOM_UP),
         Rule(
             rf"neck\.lateral_convs\.([0-3])\.{_CONV_NORM}",
             _conv_or_norm(lambda i: f"backbone.fpn_lateral{i + 2}"),
@@ -82,9 +82,6 @@ def _rows(state, name, kind):
 
 def background_first(state: Mapping[str, torch.Tensor]) -> bool:
     """Tells a version 1 detector (background in row 0) from a later one.
-
-    Args:
-        state: mmdetection names -> tensors.
 
     Returns:
         True for version 1.

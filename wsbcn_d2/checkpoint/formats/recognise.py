@@ -93,9 +93,6 @@ _UNSUPPORTED = {  # a key's pattern -> why such files cannot be used
 def detect_format(state: Mapping[str, torch.Tensor]) -> Format:
     """Tells the format by the names.
 
-    Args:
-        state: names without ``module.`` -> tensors.
-
     Returns:
         Format.
 
@@ -133,12 +130,6 @@ def presume_formula(
 
     Names and shapes do not tell weights with and without WS apart; a file's name may, and the
     config that mmdetection stores in its files does.
-
-    Args:
-        fmt: the format.
-        norm: norm kind.
-        file_name: name of the source, may be empty.
-        meta: the container's ``meta`` entry, if any.
 
     Returns:
         (formula, or None if nothing is known; why; whether the file says so itself).

@@ -26,12 +26,6 @@ class Rule:
     reason: str = ""
     value: Callable[[torch.Tensor], torch.Tensor] | None = None
 
-    def rename(self, match: re.Match) -> str | None:
-        """Returns the new name for a match, None where the key is to be dropped."""
-        if self.target is None:
-            return None
-        return self.target(match) if callable(self.target) else match.expand(self.target)
-
 
 @dataclass
 class Mapped:
@@ -53,11 +47,6 @@ class Mapped:
 def apply_rules(state: Mapping[str, torch.Tensor], rules: list[Rule], format_name: str) -> Mapped:
     """Renames a state dict by the first rule that matches each key.
 
-    Args:
-        state: source names -> tensors; not changed.
-        rules: the format's table.
-        format_name: for error messages.
-
     Returns:
         Mapped; tensors that no rule changes are the source's own, not copies.
 
@@ -74,10 +63,10 @@ def apply_rules(state: Mapping[str, torch.Tensor], rules: list[Rule], format_nam
         if match is None:
             unknown.append(key)
             continue
-        name = rule.rename(match)
-        if name is None:
+        if rule.target is None:
             result.dropped[key] = rule.reason
             continue
+        name = rule.target(match) if callable(rule.target) else match.expand(rule.target)
         if name in result.state:
             raise CheckpointError(
                 f"keys {result.sources[name]} and {key} both mean {name}: not one model's file"

@@ -1,0 +1,136 @@
+"""Converting and folding: whatever is wrong is one line and exit code 2, and nothing is written."""
+
+import os
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from wsbcn_d2.cli.convert import main as convert
+from wsbcn_d2.files import PART_FILE
+
+CONFIG = str(ROOT / "configs/shapes/mask_rcnn_R_18_FPN_gn_ws.yaml")
+
+
+@pytest.fixture
+def fold(monkeypatch):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("fold_tool", ROOT / "tools/fold_checkpoint.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", ["fold_checkpoint.py"])
+    return module.main
+
+
+def refused(capsys, status, match=""):
+    error = capsys.readouterr().err
+    assert status == 2 and len(error.strip().splitlines()) == 1 and match in error
+    assert "Traceback" not in error and len(error) < 1500
+
+
+def predictor(shape):
+    state = {"roi_head.bbox_head.fc_cls.weight": torch.zeros(shape)}
+    for name in ("fc_cls.bias", "fc_reg.weight", "fc_reg.bias"):
+        state[f"roi_head.bbox_head.{name}"] = torch.zeros(shape)
+    names = ("backbone.conv1.weight", "backbone.layer1.0.conv1.weight")
+    return state | {name: torch.zeros(1) for name in names}
+
+
+BAD = {
+    "keys that are no text": {1: torch.ones(1), (2, 3): torch.ones(1)},
+    "keys in several lines": {"a\nb": torch.ones(1), "\x1b[2J": torch.ones(1)},
+    "predictors without dimensions": predictor(()),
+    "empty predictors": predictor((0,)),
+    "a stem without dimensions": {
+        "stem.conv1.weight": torch.ones(()),
+        "stem.conv1.norm.weight": torch.ones(()),
+        "res2.0.conv1.weight": torch.ones(()),
+        "res2.0.conv3.weight": torch.ones(()),
+    },
+    "Caffe2 without dimensions": {"conv1_w": torch.ones(()), "res2_0_branch2a_w": torch.ones(())},
+    "Caffe2 predictors without dimensions": {
+        **{
+            n: torch.ones(())
+            for n in ("conv1_w", "res2_0_branch2a_w", "cls_score_w", "bbox_pred_w")
+        }
+    },
+    "a formula that is none": {
+        "model": {"stem.conv1.weight": torch.ones(1)},
+        "wsbcn_d2": {"ws_eps": "x"},
+    },
+    "a record that is no dict": {"model": {"stem.conv1.weight": torch.ones(1)}, "wsbcn_d2": [1]},
+    "a scalar BCN": {
+        "conv1.weight": torch.ones(64, 3, 7, 7),
+        "bn1.weight": torch.ones(()),
+        "bn1.pbn.running_mean": torch.ones(()),
+        "layer1.0.conv1.weight": torch.ones(()),
+    },
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("arguments", [[], ["--to", "resnet"], ["--norm", "BCN"]])
+def test_converting_nonsense(name, arguments, tmp_path, capsys):
+    torch.save(BAD[name], tmp_path / "bad.pth")
+    target = tmp_path / "out" / "target.pth"
+    refused(capsys, convert([str(tmp_path / "bad.pth"), str(target), *arguments]), "bad.pth")
+    assert not target.exists()
+
+
+def resnet18():
+    state, channels = {"conv1.weight": (64, 3, 7, 7), "bn1.weight": (64,), "bn1.bias": (64,)}, 64
+    for stage in range(4):
+        out = 64 * 2**stage
+        for block in range(2):
+            name = f"layer{stage + 1}.{block}."
+            for number, inputs in ((1, channels), (2, out)):
+                state[f"{name}conv{number}.weight"] = (out, inputs, 3, 3)
+                state[f"{name}bn{number}.weight"] = state[f"{name}bn{number}.bias"] = (out,)
+            if channels != out:
+                state[f"{name}downsample.0.weight"] = (out, channels, 1, 1)
+                state[f"{name}downsample.1.weight"] = state[f"{name}downsample.1.bias"] = (out,)
+            channels = out
+    return {name: torch.ones(shape) for name, shape in state.items()}
+
+
+def test_converting_onto_a_full_disk_or_to_nowhere(tmp_path, capsys):
+    source = tmp_path / "r18.pth"
+    torch.save(resnet18(), source)
+    target = tmp_path / "target.pth"
+    target.write_text("the old one")
+    (tmp_path / PART_FILE).symlink_to("/dev/full")
+    refused(capsys, convert([str(source), str(target)]), "No space left on device")
+    assert target.read_text() == "the old one" and not os.path.lexists(tmp_path / PART_FILE)
+    for bad in ("/proc/none/x.pth", str(source / "x.pth"), str(tmp_path)):
+        refused(capsys, convert([str(source), bad]), "cannot write")
+    refused(capsys, convert([str(tmp_path / "absent.pth"), str(target)]), "no such file")
+    assert convert([str(source), str(target)]) == 0 and torch.load(target)["model"]
+
+
+def test_folding_onto_a_full_disk_or_what_is_none(fold, tmp_path, capsys):
+    from detectron2.modeling import build_model
+
+    from wsbcn_d2.config import load_config
+
+    model = build_model(load_config(CONFIG, ["MODEL.DEVICE", "cpu"]))
+    weights, output = tmp_path / "model.pth", tmp_path / "out.pth"
+    torch.save({"model": model.state_dict()}, weights)
+    arguments = ["--config-file", CONFIG, "--weights", str(weights), "--output", str(output)]
+    (tmp_path / PART_FILE).symlink_to("/dev/full")
+    capsys.readouterr()
+    refused(capsys, fold(arguments), "No space left on device")
+    assert not output.exists()
+    for changed, match in (
+        ([*arguments[:5], "/proc/none/x.pth"], "cannot write"),
+        ([*arguments[:3], str(tmp_path / "absent.pth"), *arguments[4:]], "absent.pth"),
+        (["--config-file", "absent.yaml", *arguments[2:]], "absent.yaml"),
+        ([*arguments, "MODEL.NOTHING", "1"], "NOTHING"),
+        ([*arguments, "MODEL.RESNETS.NORM", "GM"], "GM"),
+    ):
+        refused(capsys, fold(changed), match)
+    for content in BAD.values():
+        torch.save(content, weights)
+        refused(capsys, fold(arguments), "model.pth")
+    assert not output.exists()
