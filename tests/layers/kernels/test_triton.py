@@ -1,5 +1,6 @@
 """Triton's kernels on a machine without a GPU: interpreted, compiled ahead of time, counted."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed, so its kernels ar
 import aot
 
 from wsbcn_d2 import BatchChannelNorm2d, WSConv2d
-from wsbcn_d2.layers.kernels import triton_bcn, triton_ws
+from wsbcn_d2.layers.kernels import dispatch, triton_bcn, triton_ws
 from wsbcn_d2.layers.kernels import triton_launch as launch
 
 ROOT = Path(__file__).parents[3]
@@ -167,6 +168,41 @@ def test_without_a_gpu_and_interpreter_they_take_nothing(monkeypatch):
     assert not launch.INTERPRETED
     assert norm(torch.randn(1, 64, 4, 4)).grad_fn.name() == "NativeGroupNormBackward0"
     assert conv(torch.randn(1, 64, 4, 4)).isfinite().all()
+
+
+@pytest.mark.parametrize("case", ["works", "no compiler", "no Triton"])
+def test_a_triton_that_cannot_launch_is_said_once(monkeypatch, caplog, case):
+    class Nothing:
+        def __getitem__(self, grid):
+            if case == "no compiler":
+                raise RuntimeError("Failed to find C compiler.\nSet CC.")
+            return lambda: None
+
+    monkeypatch.setenv("WSBCN_FUSED", "triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launch, "_nothing", Nothing())
+    monkeypatch.setattr(launch, "on_gpu", lambda x: True)
+    if case == "no Triton":
+        monkeypatch.setitem(sys.modules, "triton", None)
+    for cached in (dispatch._triton, dispatch._triton_works):
+        cached.cache_clear()
+    weight = torch.randn(2, 3, 1, 1)
+    norm = BatchChannelNorm2d(8, 4)
+    tensors = norm.weight, norm.bias, norm.bn.weight, norm.bn.bias
+    moving = norm.bn.running_mean, norm.bn.running_var, norm.bn.num_batches_tracked
+    with caplog.at_level(logging.WARNING, logger="wsbcn_d2.layers.kernels"):
+        found = dispatch.bcn_backend(torch.randn(1, 8, 2, 2), *tensors, *moving)
+        assert dispatch.ws_backend(weight) is (None if case != "works" else triton_ws)
+    assert found is (None if case != "works" else triton_bcn)
+    said = [r.getMessage() for r in caplog.records]
+    if case == "works":
+        assert said == []
+    else:
+        (message,) = said
+        reason = {"no compiler": "RuntimeError: Failed to find C compiler.", "no Triton": "triton"}
+        assert "the readable forms serve instead" in message and reason[case] in message
+    for cached in (dispatch._triton, dispatch._triton_works):
+        cached.cache_clear()
 
 
 class Kernel:

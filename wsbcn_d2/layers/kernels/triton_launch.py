@@ -12,7 +12,7 @@ import functools
 import torch
 import triton
 
-__all__ = ["INTERPRETED", "Launch", "dense", "on_gpu", "on_its_device", "stream_of"]
+__all__ = ["INTERPRETED", "Launch", "dense", "on_gpu", "on_its_device", "stream_of", "trouble"]
 
 
 @triton.jit
@@ -27,6 +27,21 @@ INTERPRETED = not isinstance(_nothing, triton.runtime.JITFunction)
 _current_device = getattr(torch._C, "_cuda_getDevice", None)
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _SIZE_COUNTS = torch.version.hip is not None
+
+
+def trouble() -> str | None:
+    """Why Triton can launch nothing on this machine's GPU (too old a GPU, no C compiler).
+
+    Returns:
+        None if it can, or if there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        return None
+    try:
+        _nothing[(1,)]()
+    except Exception as error:  # of the compiler, the driver, a linker: whatever it is
+        return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return None
 
 
 def on_gpu(x: torch.Tensor) -> bool:
