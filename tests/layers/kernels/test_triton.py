@@ -11,7 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("triton", reason="Triton is not installed, so its kernels are not tested")
+triton = pytest.importorskip(
+    "triton", reason="Triton is not installed, so its kernels are not tested"
+)
+if not hasattr(triton, "knobs"):
+    pytest.skip(
+        f"the interpreter and compiler of Triton {triton.__version__} are too old for these tests "
+        "(3.4 and newer)",
+        allow_module_level=True,
+    )
 
 import aot
 
