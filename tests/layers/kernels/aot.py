@@ -32,6 +32,8 @@ class Call:
     args: tuple  # tensors, scalars and sizes
     constants: dict
     warps: int
+    aligned: bool
+    code: object  # what is compiled, once, for such calls
 
     @property
     def name(self) -> str:
@@ -43,7 +45,7 @@ def recorded(monkeypatch, run) -> list[Call]:
     calls = []
 
     def note(code, programs, aligned, args):
-        calls.append(Call(code.kernel, programs, args, code.constants, code.warps))
+        calls.append(Call(code.kernel, programs, args, code.constants, code.warps, aligned, code))
 
     with monkeypatch.context() as patch:
         patch.setattr(launch, "on_gpu", lambda x: True)

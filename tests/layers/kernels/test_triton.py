@@ -1,6 +1,7 @@
 """Triton's kernels on a machine without a GPU: interpreted, compiled ahead of time, counted."""
 
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -269,6 +270,58 @@ def test_unaligned_addresses_are_seen(monkeypatch):
     monkeypatch.setattr(launch, "_SIZE_COUNTS", True)  # on AMD
     assert launch.stream_of(aligned) == launch.stream_of(large[1:].clone()) == 5
     assert launch.stream_of(large[:64]) is launch.stream_of(aligned, large) is None
+
+
+@pytest.mark.parametrize("unaligned", ["x", "dy"])
+def test_unaligned_tensors_of_others_are_left_to_triton(unaligned, monkeypatch):
+    def tensor(name, *shape):
+        numbers = torch.empty(math.prod(shape) + 1)
+        return numbers[1:].view(shape) if name == unaligned else numbers[:-1].view(shape)
+
+    def run():
+        x, dy = tensor("x", 2, 32, 8, 8), tensor("dy", 2, 32, 8, 8)
+        w, c, count = torch.empty(32), torch.empty(33)[1:], torch.tensor(0)
+        _, saved = triton_bcn.bcn_forward(x, w, w, c, c, c, c, count, 1e-5, 0.01, 1e-5, None)
+        triton_bcn.bcn_backward(dy, x, w, c, c, saved, (True, True))
+        weight, dy = tensor("x", 8, 4, 3, 3), tensor("dy", 8, 4, 3, 3)
+        triton_ws.ws_forward(weight, "biased", 1e-5, None)
+        triton_ws.ws_backward(dy, weight, (), "biased", 1e-5)
+
+    aligned = [call.aligned for call in aot.recorded(monkeypatch, run)]
+    assert aligned == [unaligned != "x"] * 3 + [False] * 3 + [unaligned != "x", False]
+
+
+def test_forms_that_differ_are_kept_apart(monkeypatch):
+    """A direct launch looks at nothing, so what decides on the form has to be in its key."""
+
+    def forms(x_type=torch.float32, dy_type=torch.float32, affine=True, moves=True, y_type=None):
+        def run():
+            with torch.device("meta"):
+                x, dy = torch.empty(1, 64, 8, 8, dtype=x_type), torch.empty(1, 64, 8, 8).to(dy_type)
+                w, c, count = torch.empty(32), torch.empty(64), torch.empty((), dtype=torch.int64)
+                bn = (c, c) if affine else (None, None)
+                rate = 0.1 if moves else None
+                _, saved = triton_bcn.bcn_forward(
+                    x, w, w, *bn, c, c, count, 1e-5, rate, 1e-5, y_type
+                )
+                triton_bcn.bcn_backward(dy, x, w, *bn, saved, (True, affine and moves))
+                ws, _ = triton_ws.ws_forward(x.flatten(0, 1)[:, None], "biased", 1e-5, y_type)
+                triton_ws.ws_backward(dy.view_as(ws), x.view_as(ws), (), "biased", 1e-5)
+
+        calls = aot.recorded(monkeypatch, run)
+        assert [call.name for call in calls] == [*BCN, "standardize", "standardize"]
+        kinds = {}
+        for call in calls:
+            kinds[id(call.code)] = tuple(getattr(a, "dtype", type(a)) for a in call.args)
+        return kinds
+
+    seen = forms()
+    for options in [
+        {"x_type": HALF}, {"dy_type": HALF}, {"affine": False}, {"moves": False},
+        {"y_type": HALF}, {"x_type": HALF, "y_type": torch.float32},
+    ]:  # fmt: skip
+        for code, kinds in forms(**options).items():
+            assert seen.setdefault(code, kinds) == kinds, options
 
 
 def test_plans_are_kept_by_what_they_depend_on(monkeypatch):

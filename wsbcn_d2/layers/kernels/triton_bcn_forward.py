@@ -84,7 +84,7 @@ def by_row(value, mask, size, FLAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.c
     """Elements of a tile and their mask with a row to each first index."""
     if FLAT:
         own = (tl.arange(0, COLS) // size)[None, :] == tl.arange(0, ROWS)[:, None]
-        value, mask = tl.where(own, value[None, :], 0), own & mask[None, :]
+        value, mask = tl.where(own, value[None, :], 0), own
     return value, mask
 
 
