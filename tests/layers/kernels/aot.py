@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from wsbcn_d2.layers.kernels import launch
+from wsbcn_d2.layers.kernels import triton_launch as launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -15,7 +15,8 @@ pytest.importorskip("triton", reason="Triton is not installed, so its kernels ar
 import aot
 
 from wsbcn_d2 import BatchChannelNorm2d, WSConv2d
-from wsbcn_d2.layers.kernels import launch, triton_bcn, triton_ws
+from wsbcn_d2.layers.kernels import triton_bcn, triton_ws
+from wsbcn_d2.layers.kernels import triton_launch as launch
 
 ROOT = Path(__file__).parents[3]
 BCN = ["moments", "settle", "apply", "sums", "settle_backward", "combine"]

@@ -1,4 +1,5 @@
-"""BCN in Triton on a GPU: what :mod:`.dispatch` asks of a backend, on ``triton_bcn_kernels.py``.
+"""BCN in Triton on a GPU: what :mod:`.dispatch` asks of a backend, on ``triton_bcn_forward.py``
+and ``triton_bcn_backward.py``.
 
 Three launches forward, which read x twice and write y, and three backward, which read x and dy
 twice and write dx: as few bytes as ``nn.GroupNorm`` moves. Half precision is read and written as it
@@ -14,9 +15,10 @@ import math
 import torch
 from triton import cdiv, next_power_of_2
 
-from . import launch
-from . import triton_bcn_kernels as kernels
-from .launch import Launch, dense
+from . import triton_launch as launch
+from .triton_bcn_backward import combine, settle_backward, sums
+from .triton_bcn_forward import apply, moments, settle
+from .triton_launch import Launch, dense
 
 __all__ = ["bcn_backward", "bcn_constants", "bcn_forward", "takes_bcn"]
 
@@ -121,14 +123,14 @@ class _Forward:
         t = _tiling(shape, last, groups)
         self.kept = t.kept
         self.scratch = (2 * t.chunks + 2) * t.rows + t.programs + 1
-        self.moments = Launch(kernels.moments, t.programs, kinds, t.sizes, t.warps, **t.tile)
+        self.moments = Launch(moments, t.programs, kinds, t.sizes, t.warps, **t.tile)
         sizes = (shape[0], *t.sizes[1:4], t.programs, t.tile["COLS"])
         self.settle = Launch(
-            kernels.settle, groups, kinds, sizes, t.block_warps, BN_EPS=bn_eps, EPS=eps, **t.block,
+            settle, groups, kinds, sizes, t.block_warps, BN_EPS=bn_eps, EPS=eps, **t.block,
             PROBES=1024 if t.programs <= 1024 else 4096,
         )  # fmt: skip
         sizes = (*t.sizes, t.programs)
-        self.apply = Launch(kernels.apply, t.programs, kinds, sizes, t.warps, **t.tile)
+        self.apply = Launch(apply, t.programs, kinds, sizes, t.warps, **t.tile)
 
 
 class _Backward:
@@ -139,12 +141,10 @@ class _Backward:
     def __init__(self, shape, last, groups, kinds):
         t = _tiling(shape, last, groups)
         self.scratch = (2 * t.chunks + 3) * t.rows
-        self.sums = Launch(kernels.sums, t.programs, kinds, t.sizes, t.warps, **t.tile)
+        self.sums = Launch(sums, t.programs, kinds, t.sizes, t.warps, **t.tile)
         sizes = (shape[0], *t.sizes[1:4])
-        self.settle = Launch(
-            kernels.settle_backward, groups, kinds, sizes, t.block_warps, **t.block
-        )
-        self.combine = Launch(kernels.combine, t.programs, kinds, t.sizes, t.warps, **t.tile)
+        self.settle = Launch(settle_backward, groups, kinds, sizes, t.block_warps, **t.block)
+        self.combine = Launch(combine, t.programs, kinds, t.sizes, t.warps, **t.tile)
 
 
 _forward = functools.lru_cache(maxsize=4096)(_Forward)

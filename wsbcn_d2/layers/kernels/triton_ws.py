@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch
-from .launch import Launch, dense
+from . import triton_launch as launch
+from .triton_launch import Launch, dense
 
 __all__ = ["takes_ws", "ws_backward", "ws_forward"]
 

@@ -1,9 +1,9 @@
-"""BCN on a GPU: its six kernels, launched by ``triton_bcn.py``.
+"""BCN on a GPU, forward: the three kernels that ``triton_bcn.py`` launches, and what a tile is.
 
-Forward: :func:`moments` (mean and squared deviations of tiles), :func:`settle` (one program per
-group: moments of rows, step of the running estimates, coefficients), :func:`apply`. Backward:
-:func:`sums`, :func:`settle_backward`, :func:`combine`. Arithmetic is in the type of the parameters,
-whatever that of x. There are no atomics: results do not depend on the order of programs.
+:func:`moments` (mean and squared deviations of tiles), :func:`settle` (one program per group:
+moments of rows, step of the running estimates, coefficients), :func:`apply`. Arithmetic is in the
+type of the parameters, whatever that of x. There are no atomics: results do not depend on the order
+of programs.
 
 A row is one channel of one sample. A tile is ROWS rows by COLS pixels (a chunk of each row), in
 channels_last memory if LAST; if FLAT, ROWS whole rows that lie together in memory, as COLS lanes
@@ -19,11 +19,22 @@ sample and group.
 import triton
 import triton.language as tl
 
-__all__ = ["apply", "combine", "moments", "settle", "settle_backward", "sums"]
+__all__ = [
+    "SIZES",
+    "SMALL",
+    "apply",
+    "by_row",
+    "load_or",
+    "member",
+    "moments",
+    "settle",
+    "tile",
+    "tile_rows",
+]
 
-_SIZES = ["units", "rows", "samples", "channels", "size", "chunks", "programs", "cols"]
-_SMALL = ["weight", "bias", "bn_weight", "bn_bias", "bn_mean", "bn_var", "bn_count"]
-_GRADS = ["d_weight", "d_bias", "d_bn_weight", "d_bn_bias"]
+#: Arguments that kernels are not specialized on: sizes, and tensors that need not be aligned.
+SIZES = ["units", "rows", "samples", "channels", "size", "chunks", "programs", "cols"]
+SMALL = ["weight", "bias", "bn_weight", "bn_bias", "bn_mean", "bn_var", "bn_count"]
 
 
 @triton.jit
@@ -77,7 +88,7 @@ def by_row(value, mask, size, FLAT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.c
     return value, mask
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=SIZES)
 def moments(
     x, scratch, rows, channels, size, chunks, units,
     UNIT: tl.constexpr, LAST: tl.constexpr, FLAT: tl.constexpr,
@@ -131,7 +142,7 @@ def load_or(pointer, offset, mask, other: tl.constexpr):
     return other if pointer is None else tl.load(pointer + offset, mask, other)
 
 
-@triton.jit(do_not_specialize=_SIZES + _SMALL)
+@triton.jit(do_not_specialize=SIZES + SMALL)
 def settle(
     scratch, stats, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_count,
     rate: "fp64",  # noqa: F821
@@ -194,7 +205,7 @@ def settle(
         tl.store(coefficients + rows + row, wr * e + tl.load(bias + g), mask)
 
 
-@triton.jit(do_not_specialize=_SIZES + _SMALL)
+@triton.jit(do_not_specialize=SIZES + SMALL)
 def apply(
     x, y, scratch, stats, bn_count, rows, channels, size, chunks, units, programs,
     UNIT: tl.constexpr, LAST: tl.constexpr, FLAT: tl.constexpr,
@@ -210,92 +221,3 @@ def apply(
     if bn_count is not None and tl.program_id(0) == 0:
         finite = tl.load(coefficients + 2 * rows + programs)
         tl.store(bn_count, tl.load(bn_count) + finite.to(tl.int64))
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def sums(
-    dy, x, scratch, stats, rows, channels, size, chunks, units,
-    UNIT: tl.constexpr, LAST: tl.constexpr, FLAT: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    at, mask, row, valid = tile(channels, size, chunks, units, UNIT, LAST, FLAT, ROWS, COLS)
-    m = tl.load(stats + 2 * channels + row, valid, 0)
-    d, value = tl.load(dy + at, mask, 0).to(m.dtype), tl.load(x + at, mask, 0).to(m.dtype)
-    product, _ = by_row(d * (value - m), mask, size, FLAT, ROWS, COLS)
-    d, _ = by_row(d, mask, size, FLAT, ROWS, COLS)
-    row, valid, chunk = tile_rows(channels, chunks, FLAT, ROWS)
-    tl.store(scratch + chunk * rows + row, tl.sum(d, 1), valid)
-    tl.store(scratch + (chunks + chunk) * rows + row, tl.sum(product, 1), valid)
-
-
-@triton.jit
-def row_sums(scratch, row, mask, rows, chunks, CHUNKS: tl.constexpr):
-    """The two sums of rows from those of their chunks; 0 outside the mask."""
-    first = tl.load(scratch + row, mask, 0)
-    second = tl.load(scratch + chunks * rows + row, mask, 0)
-    if CHUNKS > 1:
-        for s0 in range(1, chunks, CHUNKS):
-            s = s0 + tl.arange(0, CHUNKS)[None, None, :]
-            at, there = scratch + s * rows + row[:, :, None], mask[:, :, None] & (s < chunks)
-            first += tl.sum(tl.load(at, there, 0), 2)
-            second += tl.sum(tl.load(at + chunks * rows, there, 0), 2)
-    return first, second
-
-
-@triton.jit(do_not_specialize=_SIZES + _SMALL + _GRADS)
-def settle_backward(
-    scratch, stats, weight, bn_weight, bn_bias, d_weight, d_bias, d_bn_weight, d_bn_bias,
-    samples, channels, size, chunks,
-    CHUNKS: tl.constexpr, PER: tl.constexpr, CG: tl.constexpr, NB: tl.constexpr,
-):  # fmt: skip
-    rows, g, groups = samples * channels, tl.program_id(0), tl.num_programs(0)
-    of_rows, of_groups = stats + 2 * channels, stats + 2 * channels + 2 * rows
-    coefficients = scratch + 2 * chunks * rows
-    c, valid = g * PER + tl.arange(0, CG), tl.arange(0, CG) < PER
-    mean, inverse = tl.load(stats + c, valid, 0), tl.load(stats + channels + c, valid, 0)
-    a = (inverse * load_or(bn_weight, c, valid, 1))[None, :]
-    b = load_or(bn_bias, c, valid, 0)
-    grad_a, grad_s = tl.zeros_like(mean), tl.zeros_like(mean)
-    grad_w, grad_b = tl.sum(grad_a), tl.sum(grad_a)
-    for n0 in range(0, samples, NB):
-        n = n0 + tl.arange(0, NB)
-        row, mask = member(n, samples, channels, PER, CG)
-        sum_d, sum_dx = row_sums(scratch, row, mask, rows, chunks, CHUNKS)
-        mu = tl.load(of_groups + n * groups + g, n < samples, 0)
-        r = tl.load(of_groups + (samples + n) * groups + g, n < samples, 0)
-        m, v = tl.load(of_rows + row, mask, 0), tl.load(of_rows + rows + row, mask, 0)
-        offset = m - mean[None, :]
-        e = tl.where(mask, offset * a + (b - mu[:, None]), 0)
-        sum_dy, sum_dy_z = tl.sum(sum_d, 1), r * tl.sum(sum_dx * a + sum_d * e, 1)
-        q = (sum_dy_z * r / (size * PER))[:, None]
-        wr = (tl.load(weight + g) * r)[:, None]
-        lost, slope = (sum_dy / (size * PER))[:, None] + q * e, q * a
-        dz = tl.where(mask, wr * (sum_d - size * lost), 0)
-        grad_a += tl.sum(tl.where(mask, dz * offset + wr * (sum_dx - size * slope * v), 0), 0)
-        grad_s += tl.sum(dz, 0)
-        grad_w += tl.sum(sum_dy_z)
-        grad_b += tl.sum(sum_dy)
-        tl.store(coefficients + row, wr * a, mask)
-        tl.store(coefficients + rows + row, lost, mask)
-        tl.store(coefficients + 2 * rows + row, slope, mask)
-    tl.store(d_weight + g, grad_w)
-    tl.store(d_bias + g, grad_b)
-    if d_bn_weight is not None:
-        tl.store(d_bn_weight + c, grad_a * inverse, valid)
-        tl.store(d_bn_bias + c, grad_s, valid)
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def combine(
-    dy, x, dx, scratch, stats, rows, channels, size, chunks, units,
-    UNIT: tl.constexpr, LAST: tl.constexpr, FLAT: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    at, mask, row, valid = tile(channels, size, chunks, units, UNIT, LAST, FLAT, ROWS, COLS)
-    coefficients = scratch + 2 * chunks * rows
-    m = tl.load(stats + 2 * channels + row, valid, 0)
-    p = tl.load(coefficients + row, valid, 0)
-    lost = tl.load(coefficients + rows + row, valid, 0)
-    slope = tl.load(coefficients + 2 * rows + row, valid, 0)
-    d, value = tl.load(dy + at, mask, 0).to(m.dtype), tl.load(x + at, mask, 0).to(m.dtype)
-    tl.store(dx + at, (p * (d - lost - slope * (value - m))).to(dx.dtype.element_ty), mask)

@@ -1,0 +1,104 @@
+"""What tools/gpu_check.sh does on a GPU, done in the interpreter on small sizes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[4] / "tools" / "benchmarks"))
+
+import gpu_checks
+import gpu_report
+
+from wsbcn_d2.layers.kernels import triton_bcn, triton_ws
+
+
+def test_kernels():
+    found = gpu_checks.bcn_kernels("cpu", gpu_checks.SMALL)
+    assert [part.split()[0] for part in found.split(", ")] == [
+        str(dtype).removeprefix("torch.") for dtype in gpu_checks.LIMITS
+    ]
+    found = gpu_checks.ws_kernels("cpu", gpu_checks.SMALL_WEIGHTS)
+    assert len(found.split(", ")) == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"layout": torch.channels_last}, {"amp": torch.float16}, {"amp": torch.bfloat16}],
+)
+def test_training(options):
+    found = gpu_checks.training("cpu", steps=3, width=8, size=9, **options)
+    assert found.startswith("3 steps, gradients within ")
+
+
+def test_long_offsets():
+    assert gpu_checks.long_offsets("cpu", (2, 32, 4, 4)) == "same"
+
+
+def wrong(passes, factor):
+    def run(*args):
+        first, *rest = passes(*args)
+        return first * factor, *rest
+
+    return run
+
+
+def test_a_kernel_that_is_wrong_is_found(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_bcn, "bcn_forward", wrong(triton_bcn.bcn_forward, 1.01))
+        with pytest.raises(AssertionError, match="error 1.0e-02, allowed"):
+            gpu_checks.bcn_kernels("cpu", gpu_checks.SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_bcn, "bcn_backward", wrong(triton_bcn.bcn_backward, 1.05))
+        with pytest.raises(AssertionError, match="step 0, gradients"):
+            gpu_checks.training("cpu", steps=1, width=8, size=9)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_ws, "ws_forward", wrong(triton_ws.ws_forward, 1.01))
+        with pytest.raises(AssertionError, match=r"\(4, 3, 3, 3\) biased"):
+            gpu_checks.ws_kernels("cpu", gpu_checks.SMALL_WEIGHTS)
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_bcn, "takes_bcn", lambda *args: False)
+        with pytest.raises(AssertionError, match="no kernels"):
+            gpu_checks.bcn_kernels("cpu", gpu_checks.SMALL)
+
+
+def test_the_page(tmp_path, monkeypatch, capsys):
+    def bad(device):
+        raise AssertionError("x | y:\nerror 1")
+
+    checks = {"good": lambda d: "fine", "bad": bad, "left": lambda d: "not run: one GPU"}
+    monkeypatch.setattr(gpu_report, "CHECKS", checks)
+    monkeypatch.setattr(gpu_report, "about", lambda: ["a card"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    output = tmp_path / "page.md"
+    assert gpu_report.main(["--quick", "--output", str(output)]) == 1
+    assert output.read_text().splitlines() == [
+        "a card",
+        "",
+        "| check | result | found | seconds |",
+        "|---|---|---|---|",
+        "| good | ok | fine | 0 |",
+        "| bad | FAILED | AssertionError: x / y: error 1 | 0 |",
+        "| left | not run | one GPU | 0 |",
+    ]
+    del checks["bad"]
+    assert gpu_report.main(["--quick", "--output", str(output)]) == 0
+
+
+def test_other_programs():
+    say = [
+        sys.executable,
+        "-c",
+        "import sys; print('a +- b'); print('c'); sys.exit(int(sys.argv[1]))",
+    ]
+    later = gpu_report.time.monotonic() + 60
+    assert gpu_report.command([*say, "0"], later, lambda line: "+-" in line) == "a +- b"
+    with pytest.raises(AssertionError, match="^c$"):
+        gpu_report.command([*say, "3"], later, lambda line: True)
+    assert "out of time" in gpu_report.command([*say, "0"], later - 59, lambda line: True)
+
+
+def test_without_a_gpu_it_says_so(capsys):
+    assert gpu_report.main([]) == 2
+    assert capsys.readouterr().err == "gpu_check: PyTorch finds no GPU on this machine\n"
