@@ -1,5 +1,6 @@
 """Triton's kernels on a machine without a GPU: interpreted, compiled ahead of time, counted."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -10,12 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("triton", reason="Triton is not installed, so its kernels are not tested")
+# Older ones have an interpreter and a compiler that are used in another way.
+pytest.importorskip("triton", "3.4", reason="Triton 3.4 or newer is not installed")
 
 import aot
 
 from wsbcn_d2 import BatchChannelNorm2d, WSConv2d
-from wsbcn_d2.layers.kernels import triton_bcn, triton_ws
+from wsbcn_d2.layers.kernels import dispatch, triton_bcn, triton_ws
 from wsbcn_d2.layers.kernels import triton_launch as launch
 
 ROOT = Path(__file__).parents[3]
@@ -169,6 +171,41 @@ def test_without_a_gpu_and_interpreter_they_take_nothing(monkeypatch):
     assert conv(torch.randn(1, 64, 4, 4)).isfinite().all()
 
 
+@pytest.mark.parametrize("case", ["works", "no compiler", "no Triton"])
+def test_a_triton_that_cannot_launch_is_said_once(monkeypatch, caplog, case):
+    class Nothing:
+        def __getitem__(self, grid):
+            if case == "no compiler":
+                raise RuntimeError("Failed to find C compiler.\nSet CC.")
+            return lambda: None
+
+    monkeypatch.setenv("WSBCN_FUSED", "triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launch, "_nothing", Nothing())
+    monkeypatch.setattr(launch, "on_gpu", lambda x: True)
+    if case == "no Triton":
+        monkeypatch.setitem(sys.modules, "triton", None)
+    for cached in (dispatch._triton, dispatch._triton_works):
+        cached.cache_clear()
+    weight = torch.randn(2, 3, 1, 1)
+    norm = BatchChannelNorm2d(8, 4)
+    tensors = norm.weight, norm.bias, norm.bn.weight, norm.bn.bias
+    moving = norm.bn.running_mean, norm.bn.running_var, norm.bn.num_batches_tracked
+    with caplog.at_level(logging.WARNING, logger="wsbcn_d2.layers.kernels"):
+        found = dispatch.bcn_backend(torch.randn(1, 8, 2, 2), *tensors, *moving)
+        assert dispatch.ws_backend(weight) is (None if case != "works" else triton_ws)
+    assert found is (None if case != "works" else triton_bcn)
+    said = [r.getMessage() for r in caplog.records]
+    if case == "works":
+        assert said == []
+    else:
+        (message,) = said
+        reason = {"no compiler": "RuntimeError: Failed to find C compiler.", "no Triton": "triton"}
+        assert "the readable forms serve instead" in message and reason[case] in message
+    for cached in (dispatch._triton, dispatch._triton_works):
+        cached.cache_clear()
+
+
 class Kernel:
     """Stands for a compiled kernel and for Triton's way of launching it."""
 
@@ -227,6 +264,11 @@ def test_unaligned_addresses_are_seen(monkeypatch):
     aligned = torch.empty(64)
     assert launch.stream_of(aligned) == launch.stream_of(aligned, aligned[4:]) == 5
     assert launch.stream_of(aligned[1:]) is launch.stream_of(aligned, aligned[2:]) is None
+    large = torch.empty(2**30, dtype=torch.uint8, device="meta")
+    assert launch.stream_of(large[:64]) == 5
+    monkeypatch.setattr(launch, "_SIZE_COUNTS", True)  # on AMD
+    assert launch.stream_of(aligned) == launch.stream_of(large[1:].clone()) == 5
+    assert launch.stream_of(large[:64]) is launch.stream_of(aligned, large) is None
 
 
 def test_plans_are_kept_by_what_they_depend_on(monkeypatch):

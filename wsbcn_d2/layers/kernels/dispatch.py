@@ -70,13 +70,24 @@ def plain(x: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _triton(kind: str) -> ModuleType | None:
+def _triton_works() -> bool:
     try:
         importlib.import_module("triton")
-        return importlib.import_module(f".triton_{kind}", __package__)
+        trouble = importlib.import_module(".triton_launch", __package__).trouble()
     except ImportError as error:
-        _logger.warning("no Triton kernels, the slower readable forms serve instead: %s", error)
-        return None
+        trouble = str(error)
+    if trouble is not None:
+        _logger.warning(
+            "no Triton kernels, the readable forms serve instead: the same results by ten times "
+            "as many launches: %s",
+            trouble,
+        )
+    return trouble is None
+
+
+@functools.cache
+def _triton(kind: str) -> ModuleType | None:
+    return importlib.import_module(f".triton_{kind}", __package__) if _triton_works() else None
 
 
 def _backend(kind: str, x: torch.Tensor) -> ModuleType | None:

@@ -30,21 +30,25 @@ _BLOCK = 4096
 _LARGEST = 2**31 - 1
 
 
-def _fits(tensor, dtype, device, numel) -> bool:
-    """Whether an address is all that a kernel needs to know of a parameter or buffer."""
-    return (
-        tensor.dtype is dtype
-        and tensor.numel() == numel
-        and tensor.device == device
-        and tensor.is_contiguous()
-        and not tensor.is_neg()
-        and not tensor._is_zerotensor()
-    )
+def _fit(dtype: torch.dtype, numel: int, device: int, *tensors: torch.Tensor | None) -> bool:
+    """Whether an address is all that a kernel needs to know of parameters and buffers."""
+    for tensor in tensors:
+        if tensor is not None and (
+            tensor.dtype is not dtype
+            or tensor.numel() != numel
+            or tensor.get_device() != device
+            or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+            or not tensor.is_contiguous()
+            or tensor.is_neg()
+            or tensor._is_zerotensor()
+        ):
+            return False
+    return True
 
 
 def takes_bcn(x, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_count) -> bool:
     """See :mod:`.dispatch`."""
-    dtype, device, (n, channels, height, width) = weight.dtype, x.device, x.shape
+    dtype, device, (n, channels, height, width) = weight.dtype, x.get_device(), x.shape
     groups = weight.numel()
     return (
         (launch.on_gpu(x) or launch.INTERPRETED)
@@ -54,13 +58,9 @@ def takes_bcn(x, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_count) ->
         and channels // groups <= _BLOCK // 2
         and channels * height * width <= _LARGEST
         and 8 * n * channels <= _LARGEST
-        and _fits(weight, dtype, device, groups)
-        and _fits(bias, dtype, device, groups)
-        and (bn_weight is None or _fits(bn_weight, dtype, device, channels))
-        and (bn_bias is None or _fits(bn_bias, dtype, device, channels))
-        and _fits(bn_mean, dtype, device, channels)
-        and _fits(bn_var, dtype, device, channels)
-        and (bn_count is None or _fits(bn_count, torch.int64, device, 1))
+        and _fit(dtype, groups, device, weight, bias)
+        and _fit(dtype, channels, device, bn_weight, bn_bias, bn_mean, bn_var)
+        and _fit(torch.int64, 1, device, bn_count)
     )
 
 

@@ -2,9 +2,9 @@
 
 Triton's own way to launch looks at every argument to find out which compiled form serves, 15 us a
 time. Here that happens at the first launch alone: what decides (types, layout, constants) is fixed
-by who asks for a :class:`Launch`, sizes are never specialized on, and addresses are aligned, which
-callers look at. From then on the compiled form is called directly, where this Triton has it as
-expected; where it has not, Triton's own way serves throughout.
+by who asks for a :class:`Launch`, sizes are never specialized on, and of tensors that others made
+:func:`stream_of` sees whether they are as usual. From then on the compiled form is called directly,
+where this Triton has it as expected; where it has not, Triton's own way serves throughout.
 """
 
 import functools
@@ -12,7 +12,7 @@ import functools
 import torch
 import triton
 
-__all__ = ["INTERPRETED", "Launch", "dense", "on_gpu", "on_its_device", "stream_of"]
+__all__ = ["INTERPRETED", "Launch", "dense", "on_gpu", "on_its_device", "stream_of", "trouble"]
 
 
 @triton.jit
@@ -26,6 +26,22 @@ INTERPRETED = not isinstance(_nothing, triton.runtime.JITFunction)
 # Without the checks of torch.cuda.current_device; Triton gets its stream from the same.
 _current_device = getattr(torch._C, "_cuda_getDevice", None)
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_SIZE_COUNTS = torch.version.hip is not None
+
+
+def trouble() -> str | None:
+    """Why Triton can launch nothing on this machine's GPU (too old a GPU, no C compiler).
+
+    Returns:
+        None if it can, or if there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        return None
+    try:
+        _nothing[(1,)]()
+    except Exception as error:  # of the compiler, the driver, a linker: whatever it is
+        return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return None
 
 
 def on_gpu(x: torch.Tensor) -> bool:
@@ -50,13 +66,16 @@ def stream_of(*tensors: torch.Tensor) -> int | None:
     """The current stream, for direct launches on tensors that others have made.
 
     Returns:
-        None if Triton must look at them itself: it compiles for addresses divisible by 16, and
-        otherwise for those that are not.
+        None if Triton must look at them itself: it compiles one form for addresses divisible by 16
+        and, on AMD, for tensors of up to 2 GB, and others for what is not.
     """
     if not on_gpu(tensors[0]):
         return None
     for tensor in tensors:
         if tensor.data_ptr() & 15:
+            return None
+        # A result may be twice as large as what it is made of.
+        if _SIZE_COUNTS and tensor.untyped_storage().nbytes() >= 2**30:
             return None
     return _raw_stream(tensors[0].get_device())
 
