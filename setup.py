@@ -10,8 +10,8 @@ from setuptools import find_packages, setup
 # resolve. `tools/install/install_detectron2.py` installs it and wsbcn_d2 checks for it on import.
 # tools/install/env_check.py reads these lists, so they stay plain literals.
 REQUIRES = [
-    "torch>=2.4",
-    "torchvision>=0.19",
+    "torch>=2.10",
+    "torchvision>=0.25",
     "fvcore>=0.1.5",
     "iopath>=0.1.7",
     "pycocotools>=2.0.6",

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from fvcore.common.config import BASE_KEY
 
-__all__ = ["SafeCfgNode"]
+__all__ = ["SafeCfgNode", "read_yaml"]
 
 _BYTES = 1 << 20  # larger than any config
 _VALUES = 100_000  # in one file, with what its aliases repeat
@@ -69,7 +69,7 @@ class SafeCfgNode(CfgNode):
 def _load_with_bases(path: str, heirs: tuple[str, ...]) -> dict:
     if path in heirs or len(heirs) > _DEPTH:
         raise ValueError(f"{path} inherits from itself, or too long a chain of files: mend _BASE_")
-    values = _load(path)
+    values = read_yaml(path)
     bases = values.pop(BASE_KEY, [])
     result: dict = {}
     for base in bases if isinstance(bases, list) else [bases]:
@@ -102,7 +102,15 @@ def _merge(new: dict, into: dict, path: str) -> None:
             into[key] = value
 
 
-def _load(path: str) -> dict:
+def read_yaml(path: str) -> dict:
+    """A YAML file as plain values; its ``_BASE_`` is left alone.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ValueError: tags that would run code, or a file out of all proportion; one line.
+    """
     try:
         with PathManager.open(path, "r") as stream:
             text = stream.read(_BYTES + 1)

@@ -82,6 +82,7 @@ def test_whoever_starts_from_get_cfg_is_protected(marker, tmp_path):
 
 TOOLS = {
     "train_net.py": ["--config-file", "{config}"],
+    "lazyconfig_train_net.py": ["--config-file", "{config}"],
     "compare.py": ["--configs", "{config}", "--report-only", "--output", "{out}"],
     "compare.py run": ["--configs", "{config}", "--output", "{out}"],
     "fold_checkpoint.py": ["--config-file", "{config}", "--weights", "w", "--output", "{out}/f"],

@@ -181,7 +181,7 @@ def test_the_tool_writes_what_stock_detectron2_loads(tmp_path, monkeypatch, caps
     bcn = str(root / "mask_rcnn_R_18_FPN_bcn_ws.yaml")
     model = build_model(load_config(bcn, ["MODEL.DEVICE", "cpu"]))
     DetectionCheckpointer(model, str(tmp_path)).save("model")
-    assert main(["--config-file", bcn, *files]) == 1
+    assert main(["--config-file", bcn, *files]) == 2
     assert "only models of GN and WS" in capsys.readouterr().err
 
 

@@ -5,6 +5,7 @@ from urllib.parse import parse_qsl
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.utils import comm
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
@@ -89,9 +90,10 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
             CheckpointError: see the class.
         """
         path = self._without_options(path)
-        if path and "://" not in path and not os.path.isfile(path):
+        local = path and "://" not in path
+        if local and not os.path.isfile(path) and comm.get_world_size() == 1:
             raise CheckpointError(f"{path}: no such file")
-        if "?" in path and "://" not in path:  # Detectron2 would cut it off
+        if local and "?" in path:  # Detectron2 would cut it off
             return Checkpointer.load(self, path, *args, **kwargs)
         return super().load(path, *args, **kwargs)
 

@@ -45,6 +45,8 @@ class ConversionReport:
             builder = (
                 "build_ws_resnet_fpn_backbone" if standardized else "build_resnet_fpn_backbone"
             )
+            if layout.deeplab:
+                builder = "build_resnet_deeplab_backbone"
             lines += [
                 f'MODEL.BACKBONE.NAME: "{builder}"',
                 f"MODEL.RESNETS.DEPTH: {layout.depth}",
@@ -69,7 +71,9 @@ class ConversionReport:
         return lines
 
     def _detector_lines(self, standardized):
-        norm, ws = self.metadata.norm, "WS" if standardized else ""
+        ws = "WS" if standardized else ""
+        plain = not any(".norm." in name for name in self.mapped if "fpn_" in name)
+        norm = "" if plain else self.metadata.norm
         mask = self.detector == "mask_rcnn"
         lines = [
             f"MODEL.MASK_ON: {mask}",

@@ -146,6 +146,8 @@ def test_class_k_stays_class_k(kind, classes, agnostic, mask, bias):
     converted, report = convert({"state_dict": state})
     assert report.detector == ("mask_rcnn" if mask else "faster_rcnn")
     assert report.metadata.norm == ("BN" if bias else "GN")
+    heads = "" if bias else "GN"
+    assert f'MODEL.FPN.NORM: "{heads}"' in report.config_lines()
 
     predictor = FastRCNNOutputLayers(
         ShapeSpec(channels=FC),

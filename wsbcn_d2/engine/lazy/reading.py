@@ -11,6 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ...config import UsageError, one_line
 from ...data import register_coco_sets
+from ...safe_yaml import read_yaml
 from ..checks import Keys
 from ..hooks import ResumedSchedule
 
@@ -36,7 +37,7 @@ KEYS = Keys(
 def load_lazy_config(config_file: str, overrides: Iterable[str] = ()) -> DictConfig:
     """Read a Python config, which is a program: run none that you would not run as one.
 
-    The same holds for a YAML file that was saved of one, as it names what is to be called.
+    A YAML file that was saved of one names what is to be called; its tags run nothing.
 
     Without a CUDA device, ``train.device`` becomes ``cpu``. The sets of ``dataloader.coco_sets``,
     which are those of ``DATASETS.COCO_SETS``, are registered.
@@ -58,6 +59,8 @@ def load_lazy_config(config_file: str, overrides: Iterable[str] = ()) -> DictCon
         raise UsageError(f"config file {config_file!r} not found: check --config-file")
     stock_import = builtins.__import__
     try:
+        if config_file.endswith((".yaml", ".yml")):
+            read_yaml(config_file)  # raises for tags that run code, which the next line would obey
         cfg = LazyConfig.load(config_file)
     except Exception as error:  # a config is code: anything can happen in it
         raise UsageError(
