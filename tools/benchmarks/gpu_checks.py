@@ -175,7 +175,7 @@ def no_waiting(device: str) -> str:
     return "none"
 
 
-def long_offsets(device: str, shape=(9, 256, 1000, 1000)) -> str:
+def long_offsets(device: str, shape=(36, 256, 500, 500)) -> str:
     """The last sample of a tensor of more than 2^31 elements, alone and in its place."""
     norm = BatchChannelNorm2d(shape[1]).to(device).eval()
     if device != "cpu" and torch.cuda.mem_get_info()[0] < 24 * 2**30:

@@ -7,9 +7,9 @@ weight, whose moments are found again: backward reads w and dy and writes dw.
 With n elements per filter, m and v their mean and biased variance, the value is (w - m) u(v) and
 dw = u (dy - mean(dy) - k sum(dy (w - m)) (w - m)).
 
-All weights of a model in one launch were tried. A table of addresses has to be sent to the GPU
-whenever an optimizer or autocast moves them, and all outputs live from the first layer to the last;
-what it saves is a launch per weight, which the convolution's own launches hide.
+All weights of a model in one launch would need a table of addresses, sent to the GPU whenever an
+optimizer or autocast moves one, and all results would live from the first layer to the last. What
+it saves is a launch a weight, while the convolution itself keeps the GPU busy.
 """
 
 import functools

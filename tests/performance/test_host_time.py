@@ -1,0 +1,53 @@
+"""The host time of the GPU path, which tools/benchmark.py measures with the launches stubbed."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+from benchmarks.host import host_mode, launches_stubbed
+from benchmarks.runner import Runner
+
+from wsbcn_d2 import BatchChannelNorm2d
+from wsbcn_d2.layers.kernels import triton_bcn
+from wsbcn_d2.layers.kernels import triton_launch as launch
+
+
+@pytest.mark.slow
+def test_layers_cost_the_host_a_small_multiple_of_pytorchs_own(capsys):
+    """What Python takes for a layer, whose own autograd function alone is 1.2 of a GroupNorm."""
+    args = argparse.Namespace(
+        device="cpu", cpu_time=True, warmup=2, rounds=7, amp=False, quick=False
+    )
+    found = host_mode(Runner(args), args)
+    assert [row["name"] for row in found["rows"]] == [
+        "GroupNorm", "BCN", "convolution", "WS convolution"
+    ]  # fmt: skip
+    summary = {name: value["ratio"] for name, value in found["summary"].items()}
+    assert 1 < summary["BCN / GroupNorm"] < 4
+    assert 1 < summary["WS convolution / convolution"] < 3.5
+    assert "BCN / GroupNorm: " in capsys.readouterr().out
+
+
+def test_stubs_are_launched_directly_and_do_not_outlive_their_use(monkeypatch):
+    norm, x = BatchChannelNorm2d(64), torch.randn(1, 64, 2, 2)
+    forms = []
+    with launches_stubbed():
+        kinds = launch.code
+
+        def noted(*args):
+            forms.append(kinds(*args))
+            return forms[-1]
+
+        monkeypatch.setattr(launch, "code", noted)
+        for _ in range(2):
+            assert norm(x).grad_fn.name().startswith("_FusedBCN")
+        monkeypatch.undo()
+    assert len(forms) == 3 and all(form.run is not None for form in forms)
+    assert triton_bcn._forward.cache_info().currsize == 0
+    assert norm(x).isfinite().all()
