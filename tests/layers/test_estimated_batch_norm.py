@@ -10,7 +10,12 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 from torch.testing import assert_close
 
-from wsbcn_d2 import EstimatedBatchNorm2d, set_update_rate, skip_first_batch_init
+from wsbcn_d2 import (
+    BatchChannelNorm2d,
+    EstimatedBatchNorm2d,
+    set_update_rate,
+    skip_first_batch_init,
+)
 
 CHANNELS = 5
 
@@ -120,9 +125,11 @@ def test_rate_one_sets_outright_and_rate_zero_never_moves():
         assert_close(norm.running_mean, mean.float())
         assert_close(norm.running_var, var.float())
     norm.momentum = 0.0
-    before = estimates(norm)
+    *before, count = estimates(norm)
     norm(torch.randn(2, CHANNELS, 4, 4))
-    assert_close(estimates(norm), before, rtol=0, atol=0)
+    *after, counted = estimates(norm)
+    assert_close(after, before, rtol=0, atol=0)
+    assert counted == count + 1
 
 
 def test_without_affine():
@@ -340,3 +347,23 @@ def test_set_update_rate():
     with pytest.raises(ValueError, match="2"):
         set_update_rate(model, 2)
     assert model[0].momentum == 0.5
+
+
+@pytest.mark.parametrize("layer", [EstimatedBatchNorm2d, BatchChannelNorm2d])
+@pytest.mark.parametrize("first_batch", [True, False])
+def test_at_rate_zero_the_first_batch_sets_the_estimates_and_they_are_held(layer, first_batch):
+    norm = set_update_rate(layer(32), 0.0)
+    if not first_batch:
+        skip_first_batch_init(norm)
+    bn = getattr(norm, "bn", norm)
+    batches = [torch.randn(2, 32, 5, 6) * 3 + 1 for _ in range(3)]
+    want = (torch.zeros(32), torch.ones(32))
+    if first_batch:
+        want = batches[0].mean((0, 2, 3)), batches[0].var((0, 2, 3), correction=0)
+    for batch in batches:
+        norm(batch)
+        assert_close((bn.running_mean, bn.running_var), want)
+    held = bn.running_mean.clone(), bn.running_var.clone()
+    norm(batches[1])
+    assert torch.equal(bn.running_mean, held[0]) and torch.equal(bn.running_var, held[1])
+    assert bn.num_batches_tracked == 4 + (not first_batch)

@@ -42,9 +42,9 @@ def update_estimates(
     """Move running estimates, in place, towards the moments of one batch.
 
     With r the rate: mean += r (batch_mean - mean) and var += r (v - var), where v is the
-    batch's mean square around the *old* mean. The first batch (``num_batches`` 0) and a rate of
-    1 set the estimates outright, with v around the batch's own mean. A batch whose moments are
-    not all finite changes nothing and is not counted. There is no host synchronization.
+    batch's mean square around the *old* mean. The first batch (``num_batches`` 0), at every rate,
+    and a rate of 1 set the estimates outright, with v around the batch's own mean. A batch whose
+    moments are not all finite changes nothing and is not counted. There is no host synchronization.
 
     Args:
         mean, var: shape (C,), float32; updated.
@@ -176,8 +176,11 @@ class EstimatedBatchNorm2d(nn.BatchNorm2d):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def updates(self) -> bool:
-        """Whether a training forward moves the estimates."""
-        return self.momentum != 0 and not (self.affine and not self.weight.requires_grad)
+        """Whether a training forward moves the estimates: not in a layer whose affine is frozen.
+
+        At an update rate of 0 the first batch sets them, if anything is to, and they are held.
+        """
+        return not (self.affine and not self.weight.requires_grad)
 
     @torch.no_grad()
     def update(self, x: torch.Tensor) -> None:

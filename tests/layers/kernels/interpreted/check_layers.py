@@ -127,8 +127,12 @@ def test_settings_of_the_batch_half(used, monkeypatch, kind):
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     equal(step(model, x), readable(monkeypatch, lambda: step(twin, x)))
     assert used == (STEP if kind != "batch" else ["ws_forward", "ws_backward"])
-    moved = any(not torch.equal(before[name], b) for name, b in model.named_buffers())
+    after = dict(model.named_buffers())
+    count = after.pop("norm.bn.num_batches_tracked", None)
+    moved = any(not torch.equal(before[name], b) for name, b in after.items())
     assert moved == (kind == "batch")
+    if kind == "rate 0":
+        assert count == before["norm.bn.num_batches_tracked"] + 1
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
