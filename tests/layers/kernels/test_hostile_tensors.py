@@ -222,3 +222,14 @@ def test_threads_that_need_the_kernels_at_once_build_them_once(monkeypatch):
         outs = list(pool.map(standardize_weight, [weight] * 8))
     assert built == ["float"]
     assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def test_a_tensor_that_a_function_transform_left_behind():
+    left, x = [], torch.randn(2, 8, 5, 4)
+    torch.func.grad(lambda a: (left.append(a), a.sum())[1])(x)
+    assert torch._C._functorch.is_dead_tensor_wrapper(left[0])
+    norm, twin = BatchChannelNorm2d(8, 4), BatchChannelNorm2d(8, 4)
+    y = norm(left[0])
+    assert type(y.grad_fn).__name__.startswith("_FusedBCN")
+    assert_close(y, twin(x))
+    assert_close(standardize_weight(left[0]), standardize_weight(x))

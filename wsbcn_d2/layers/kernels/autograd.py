@@ -59,7 +59,15 @@ def fused_bcn(
     """
     # What is not differentiated goes in one piece: apply() looks at each of its arguments.
     options = (backend, readable, bn_mean, bn_var, bn_count, bn_eps, rate, eps)
-    return _FusedBCN.apply(x, weight, bias, bn_weight, bn_bias, options)
+    return _apply(_FusedBCN, x, weight, bias, bn_weight, bn_bias, options)
+
+
+def _apply(function: type[torch.autograd.Function], x: torch.Tensor, *args):
+    # function.apply() without its preparations for function transforms, which never get here (see
+    # dispatch.plain) and would be a twentieth of a layer's host time; a tensor that one left behind
+    # may.
+    x = torch._C._functorch.unwrap_if_dead(x)
+    return super(torch.autograd.Function, function).apply(x, *args)
 
 
 class _FusedBCN(torch.autograd.Function):
@@ -118,7 +126,7 @@ def fused_standardize(
         formula, eps: see :func:`wsbcn_d2.layers.standardize_weight`.
         dtype: type of the result, None for that of ``weight``.
     """
-    return _FusedWS.apply(weight, (backend, readable, formula, eps, dtype))
+    return _apply(_FusedWS, weight, (backend, readable, formula, eps, dtype))
 
 
 class _FusedWS(torch.autograd.Function):

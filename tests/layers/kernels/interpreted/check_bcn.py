@@ -128,6 +128,15 @@ def test_types(shape, groups, x_type, y_type, layout):
     step(x, dy, groups, make(shape, groups), 1.0, LIMITS[x_type], y_type)
 
 
+@pytest.mark.parametrize("count", [0, 3])
+def test_at_rate_0_the_first_batch_sets_the_estimates_and_they_are_held(count):
+    x, dy, p = torch.randn(2, 8, 4, 4) + 1, torch.randn(2, 8, 4, 4), make((2, 8), 4, count=count)
+    before = p["bn_mean"].clone(), p["bn_var"].clone()
+    step(x, dy, 4, p, 0, 1e-4)
+    held = torch.equal(p["bn_mean"], before[0]) and torch.equal(p["bn_var"], before[1])
+    assert held == (count > 0)
+
+
 @pytest.mark.parametrize("shape", [(2, 8, 33, 36), (4, 16, 7, 7)])
 def test_a_mean_that_is_large_beside_the_deviation(shape):
     x, dy = torch.randn(shape) + 1000, torch.randn(shape)
