@@ -57,9 +57,9 @@ def without_ground_truth(monkeypatch):
 @pytest.mark.parametrize(
     ("evaluator_type", "kinds"),
     [
-        ("coco", [COCOEvaluator]),
+        ("coco", [evaluation._COCOEvaluator]),
         ("sem_seg", [SemSegEvaluator]),
-        ("coco_panoptic_seg", [SemSegEvaluator, COCOEvaluator, COCOPanopticEvaluator]),
+        ("coco_panoptic_seg", [SemSegEvaluator, evaluation._COCOEvaluator, COCOPanopticEvaluator]),
         ("cityscapes_instance", [CityscapesInstanceEvaluator]),
         ("cityscapes_sem_seg", [CityscapesSemSegEvaluator]),
         ("pascal_voc", [PascalVOCDetectionEvaluator]),
@@ -73,6 +73,10 @@ def test_by_type(tiny_cfg, dataset, tmp_path, evaluator_type, kinds):
     else:
         assert type(evaluator) is DatasetEvaluators
         assert [type(part) for part in evaluator._evaluators] == kinds
+
+
+def test_coco_is_evaluated_by_detectron2s_evaluator():
+    assert evaluation._COCOEvaluator.__mro__[1] is COCOEvaluator
 
 
 def test_lvis(tiny_cfg, dataset, tmp_path, monkeypatch):

@@ -135,9 +135,7 @@ def check_norm(case):
         parameter.requires_grad_(need)
     mean, var = bn.running_mean.double(), bn.running_var.double()
     seen = 0
-    updates = case["training"] and (
-        not estimated or (case["rate"] > 0 and (bn.weight is None or bn.weight.requires_grad))
-    )
+    updates = case["training"] and (not estimated or bn.weight is None or bn.weight.requires_grad)
     for _ in range(case["steps"]):
         x = torch.randn(shape, dtype=torch.double) * case["scale"] + case["shift"]
         x = laid_out(x.to(dtype), case["layout"]).requires_grad_(case["needs"][0])

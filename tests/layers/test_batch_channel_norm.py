@@ -440,3 +440,15 @@ def test_a_hook_on_all_modules_sees_the_batch_half():
     finally:
         handle.remove()
     assert seen == [EstimatedBatchNorm2d, BatchChannelNorm2d]
+
+
+@pytest.mark.parametrize("fused", ["cpp", "off"])
+def test_a_group_of_one_number_is_worth_its_bias(fused, monkeypatch):
+    monkeypatch.setenv("WSBCN_FUSED", fused)
+    norm = BatchChannelNorm2d(4, 4)
+    with torch.no_grad():
+        norm.bias.copy_(torch.tensor([1.0, 2.0, -3.0, 0.5]))
+    y = norm(torch.randn(1, 4, 1, 1))
+    assert_close(y, norm.bias.view(1, 4, 1, 1))
+    y.sum().backward()
+    assert_close(norm.bias.grad, torch.ones(4))

@@ -6,14 +6,13 @@ Paper: arXiv 1903.10520v2, section 4. Released code: classes ``GN`` (``imagenet/
 Deviations from the released code:
   * The batch half is the attribute ``bn`` (released: ``pbn``), and the channel half's affine has
     the shape (G,) (released: (1, G, 1)). It is one weight and bias per *group*, as there.
-  * The channel half is ``F.group_norm``, which takes an empty batch; the released reshape does not.
+  * The channel half is ``torch.group_norm``, which takes an empty batch; the released reshape does not.
 """
 
 import torch
 from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm
 from torch import nn
 from torch.func import functional_call
-from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 
 from .estimated_batch_norm import DEFAULT_UPDATE_RATE, EstimatedBatchNorm2d, check_input
@@ -50,13 +49,9 @@ def channel_norm(
         Tensor of the shape of ``x``.
     """
     per_group = x.shape[1] // num_groups
-    return F.group_norm(
-        x,
-        num_groups,
-        weight.repeat_interleave(per_group),
-        bias.repeat_interleave(per_group),
-        eps,
-    )
+    weight, bias = weight.repeat_interleave(per_group), bias.repeat_interleave(per_group)
+    # Not the functional, which refuses groups of one number: they are worth their bias.
+    return torch.group_norm(x, num_groups, weight, bias, eps)
 
 
 def readable(x, weight, bias, bn_weight, bn_bias, mean, inverse, eps):
