@@ -349,3 +349,54 @@ def test_a_convolution_of_a_class_of_its_own_is_named(caplog):
     with caplog.at_level(logging.INFO):
         standardize_parts(model, ["*"])
     assert "WS in 1 of 2 convolutions of *; plain stay 1: own (_OwnConv)" in caplog.messages[-1]
+
+
+def _vitdet(backbones):
+    net = backbones.ViT(
+        *(64, 8),  # sides of the picture and of a patch
+        **dict(embed_dim=128, depth=2, num_heads=2, window_size=4, window_block_indexes=[0]),
+        drop_path_rate=0.1,
+        out_feature="last_feat",
+    )
+    return backbones.SimpleFeaturePyramid(
+        net, "last_feat", 32, (2.0, 1.0, 0.5), norm="BCN", square_pad=64
+    )
+
+
+def _swin(backbones):
+    net = backbones.SwinTransformer(
+        embed_dim=16, depths=(1,) * 4, num_heads=(1, 1, 2, 2), window_size=4, drop_path_rate=0.1
+    )
+    return backbones.FPN(net, ["p0", "p1", "p2", "p3"], 32, norm="BCN")
+
+
+def _mvit(backbones):
+    net = backbones.MViT(
+        **dict(img_size=64, embed_dim=16, depth=4, last_block_indexes=(0, 1, 2, 3)),
+        **dict(drop_path_rate=0.1, adaptive_window_size=8),
+    )
+    return backbones.FPN(net, [f"scale{i}" for i in (2, 3, 4, 5)], 32, norm="BCN")
+
+
+@pytest.mark.parametrize(
+    ("make", "standardized", "plain"),
+    [(_vitdet, 6, ["simfp_2.0", "net.patch_embed.proj"]), (_swin, 9, []),
+     (_mvit, 20, ["bottom_up.patch_embed.proj"])],
+)  # fmt: skip
+def test_transformers_of_detectron2_main(make, standardized, plain, caplog):
+    pytest.importorskip("timm", reason="Detectron2's transformers are built of timm's layers")
+    backbones = pytest.importorskip("detectron2.modeling.backbone")
+    if not hasattr(backbones, "ViT"):
+        pytest.skip("Detectron2 v0.6 has no transformers: tools/test_compat.sh")
+    model = make(backbones)
+    with caplog.at_level(logging.INFO):
+        standardize_parts(model, ["*"])
+    total = standardized + len(plain)
+    assert f"WS in {standardized} of {total} convolutions of *" in caplog.messages[-1]
+    assert all(f"{name} (no norm)" in caplog.messages[-1] for name in plain)
+    assert sum(isinstance(m, WSConv2d) for m in model.modules()) == standardized
+    x = torch.randn(1, 3, 64, 64)
+    sum(y.square().mean() for y in model(x).values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    with torch.no_grad():
+        assert all(y.isfinite().all() for y in model.eval()(x).values())

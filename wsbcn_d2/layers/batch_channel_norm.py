@@ -6,7 +6,8 @@ Paper: arXiv 1903.10520v2, section 4. Released code: classes ``GN`` (``imagenet/
 Deviations from the released code:
   * The batch half is the attribute ``bn`` (released: ``pbn``), and the channel half's affine has
     the shape (G,) (released: (1, G, 1)). It is one weight and bias per *group*, as there.
-  * The channel half is ``torch.group_norm``, which takes an empty batch; the released reshape does not.
+  * The channel half is ``torch.group_norm``, which takes an empty batch, unlike the released
+    reshape.
 """
 
 import torch
