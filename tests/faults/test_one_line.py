@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from checkpoint.torchvision_names import basic_resnet
 from conftest import ROOT
 
 from wsbcn_d2.cli.convert import main as convert
@@ -80,19 +81,7 @@ def test_converting_nonsense(name, arguments, tmp_path, capsys):
 
 
 def resnet18():
-    state, channels = {"conv1.weight": (64, 3, 7, 7), "bn1.weight": (64,), "bn1.bias": (64,)}, 64
-    for stage in range(4):
-        out = 64 * 2**stage
-        for block in range(2):
-            name = f"layer{stage + 1}.{block}."
-            for number, inputs in ((1, channels), (2, out)):
-                state[f"{name}conv{number}.weight"] = (out, inputs, 3, 3)
-                state[f"{name}bn{number}.weight"] = state[f"{name}bn{number}.bias"] = (out,)
-            if channels != out:
-                state[f"{name}downsample.0.weight"] = (out, channels, 1, 1)
-                state[f"{name}downsample.1.weight"] = state[f"{name}downsample.1.bias"] = (out,)
-            channels = out
-    return {name: torch.ones(shape) for name, shape in state.items()}
+    return {name: torch.ones(shape) for name, shape in basic_resnet().items()}
 
 
 def test_converting_onto_a_full_disk_or_to_nowhere(tmp_path, capsys):

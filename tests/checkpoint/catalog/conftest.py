@@ -11,24 +11,14 @@ from wsbcn_d2.checkpoint import CATALOG
 from wsbcn_d2.checkpoint.catalog.entries import Entry
 from wsbcn_d2.checkpoint.metadata import IMAGENET_RGB
 
+from ..torchvision_names import basic_resnet
+
 NAME = "ImageNetPretrained/test"
 
 
 def resnet18(value=0.5, dtype=torch.float16):
     """A GN R-18 in torchvision's names."""
-    state, channels = {"conv1.weight": (64, 3, 7, 7), "bn1.weight": (64,), "bn1.bias": (64,)}, 64
-    for stage in range(4):
-        out = 64 * 2**stage
-        for block in range(2):
-            name = f"layer{stage + 1}.{block}."
-            for number, inputs in ((1, channels), (2, out)):
-                state[f"{name}conv{number}.weight"] = (out, inputs, 3, 3)
-                state[f"{name}bn{number}.weight"] = state[f"{name}bn{number}.bias"] = (out,)
-            if channels != out:
-                state[f"{name}downsample.0.weight"] = (out, channels, 1, 1)
-                state[f"{name}downsample.1.weight"] = state[f"{name}downsample.1.bias"] = (out,)
-            channels = out
-    return {name: torch.full(shape, value, dtype=dtype) for name, shape in state.items()}
+    return {name: torch.full(shape, value, dtype=dtype) for name, shape in basic_resnet().items()}
 
 
 def packed(data):

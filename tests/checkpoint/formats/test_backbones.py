@@ -15,6 +15,7 @@ from wsbcn_d2.checkpoint import CheckpointError, Options, convert
 from .. import ours
 from .. import source_models as src
 from ..parity import error
+from ..torchvision_names import basic_resnet
 
 GN50 = src.Net()
 BCN50 = src.Net(norm="BCN", ws="var")
@@ -173,19 +174,7 @@ def test_formula_by_file_name(file_name, norm, formula):
 @pytest.mark.parametrize("blocks", [(2, 2, 2, 2), (3, 4, 6, 3)])
 def test_basic_block_resnets(blocks):
     """R-18 and R-34, from a description of torchvision's BasicBlock."""
-    state = {"conv1.weight": (64, 3, 7, 7), "bn1.weight": (64,), "bn1.bias": (64,)}
-    channels = 64
-    for stage, count in enumerate(blocks):
-        out = 64 * 2**stage
-        for block in range(count):
-            name = f"layer{stage + 1}.{block}."
-            for number, inputs in ((1, channels), (2, out)):
-                state[f"{name}conv{number}.weight"] = (out, inputs, 3, 3)
-                state[f"{name}bn{number}.weight"] = state[f"{name}bn{number}.bias"] = (out,)
-            if channels != out:
-                state[f"{name}downsample.0.weight"] = (out, channels, 1, 1)
-                state[f"{name}downsample.1.weight"] = state[f"{name}downsample.1.bias"] = (out,)
-            channels = out
+    state = basic_resnet(blocks)
     converted, report = convert({name: torch.zeros(shape) for name, shape in state.items()})
     depth = 18 if blocks[0] == 2 else 34
     assert report.layout.depth == depth
