@@ -37,7 +37,10 @@ def norm(name):
 CASES = {
     "start": ["SOLVER.MAX_ITER", "1", "SOLVER.BASE_LR", "0.0"],
     "gn": [*norm("GN"), "SOLVER.MAX_ITER", "2"],
-    "fixed": ["MODEL.BCN.UPDATE_RATE", "0.0", "SOLVER.MAX_ITER", "2"],
+    "fixed": [
+        *("MODEL.BCN.UPDATE_RATE", "0.0", "MODEL.BCN.FIRST_BATCH_INIT", "False"),
+        *("SOLVER.MAX_ITER", "2"),
+    ],
     "sync": [*norm("SyncBCN"), "SOLVER.MAX_ITER", "1"],
     "bcn": ["SOLVER.MAX_ITER", "1"],
     "bcn_alone": ["SOLVER.MAX_ITER", "1", "MODEL.BCN.SYNC_ESTIMATES", "False"],

@@ -29,8 +29,8 @@ def test_layers_cost_the_host_a_small_multiple_of_pytorchs_own(capsys):
         "GroupNorm", "BCN", "convolution", "WS convolution"
     ]  # fmt: skip
     summary = {name: value["ratio"] for name, value in found["summary"].items()}
-    assert 1 < summary["BCN / GroupNorm"] < 4
-    assert 1 < summary["WS convolution / convolution"] < 3.5
+    assert 1 < summary["BCN / GroupNorm"] < 8
+    assert 1 < summary["WS convolution / convolution"] < 7
     assert "BCN / GroupNorm: " in capsys.readouterr().out
 
 

@@ -108,6 +108,7 @@ def test_constant_statistics_of_every_kind(backend, kind):
         assert type(norm.bn) is FrozenBatchNorm2d
     elif kind == "no rate":
         norm.bn.momentum = 0.0
+        norm.bn.num_batches_tracked.fill_(1)  # the first batch would set the estimates
     elif kind == "frozen affine":
         norm.bn.requires_grad_(False)
     else:
