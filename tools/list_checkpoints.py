@@ -4,22 +4,20 @@
 import argparse
 import sys
 
+from tabulate import tabulate
+
 from wsbcn_d2.checkpoint.catalog.entries import CATALOG, PREFIX
 from wsbcn_d2.checkpoint.catalog.fetching import OFFLINE_VARIABLE
 
 
 def table() -> list[str]:
     """Returns the catalog as lines of a table."""
-    rows = [("name", "norm", "WS formula", "input", "licence", "reported")]
-    rows += [
+    heads = ("name", "norm", "WS formula", "input", "licence", "reported")
+    rows = [
         (f"{PREFIX}{e.name}", e.norm, e.formula, e.pixels.input_format, e.licence, e.score)
         for e in CATALOG.values()
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    return tabulate(rows, heads, tablefmt="plain", disable_numparse=True).splitlines()
 
 
 def main(argv=None) -> int:
