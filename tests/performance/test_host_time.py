@@ -45,8 +45,9 @@ def test_stubs_are_launched_directly_and_do_not_outlive_their_use(monkeypatch):
             return forms[-1]
 
         monkeypatch.setattr(launch, "code", noted)
-        for _ in range(2):
-            assert norm(x).grad_fn.name().startswith("_FusedBCN")
+        # Python launches what it has just had compiled, the nodes in C++ whatever comes after.
+        for name in ("_FusedBCNBackward", "FusedBCN", "FusedBCN"):
+            assert norm(x).grad_fn.name() == name
         monkeypatch.undo()
     assert len(forms) == 3 and all(form.run is not None for form in forms)
     assert triton_bcn._forward.cache_info().currsize == 0
