@@ -1,0 +1,278 @@
+"""Puts faults into a copy of the code, one at a time, and says which of them no test notices.
+
+    pip install cosmic-ray
+    python tests/mutation/run.py layers data --sample 50 --seed 1
+
+draws 50 faults in each of the packages that config.toml names (all of them without names), by
+cosmic-ray's operators and those in operators.py. The seed decides on the draw. A fault in a line
+is tried on the tests that ran the line, quickest first; which ones they are, and how long they
+take, comes from ``pytest --cov=wsbcn_d2 --cov-context=test --junitxml=.cache/mutation.xml``, whose
+data are looked for in .cache/coverage. Without these, and for lines that run at import, the tests
+of the package serve. Survivors are printed as changes of a line; equivalent.txt lists those that
+change nothing a user could see, each with the reason.
+
+Everything heavy is imported once: each try is a fork of this process, in a group of its own.
+"""
+
+import argparse
+import ast
+import collections
+import fnmatch
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CONFIG = tomllib.loads((HERE / "config.toml").read_text())
+
+
+def tracked():
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+    )
+    return [name for name in listed.stdout.decode().splitlines() if (ROOT / name).exists()]
+
+
+def sources(package):
+    patterns = CONFIG["packages"][package]["code"]
+    files = [name for name in tracked() if name.endswith(".py")]
+    if any("*" in pattern for pattern in patterns):
+        return [f for f in files for p in patterns if fnmatch.fnmatch(f, p) and "/" not in f[9:]]
+    return [f for f in files for p in patterns if f.startswith(p + "/")]
+
+
+def faults(path):
+    """(place, operator, which of its occurrences) of every fault that could be put into a file."""
+    from cosmic_ray.ast import Visitor, get_ast
+    from cosmic_ray.operators.provider import _OPERATORS
+    from operators import OPERATORS
+
+    code = (ROOT / path).read_text()
+
+    class Positions(Visitor):
+        def __init__(self, operator):
+            self.operator, self.found = operator, []
+
+        def visit(self, node):
+            self.found += list(self.operator.mutation_positions(node))
+            return node
+
+    silent = set()  # what no test could see: annotations, messages of errors, __all__
+    for node in ast.walk(ast.parse(code)):
+        hidden = []
+        if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation:
+            hidden = [node.annotation]
+        elif isinstance(node, ast.FunctionDef) and node.returns:
+            hidden = [node.returns]
+        elif isinstance(node, ast.Raise):
+            hidden = [node.exc] if node.exc else []
+        elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            hidden = [node]
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            hidden = [node]
+        for part in hidden:
+            for inner in ast.walk(part):
+                if hasattr(inner, "col_offset"):
+                    silent.add((inner.lineno, inner.col_offset))
+    wanted = [_OPERATORS[name] for name in CONFIG["operators"]] + list(OPERATORS)
+    for operator in (kind() for kind in wanted):
+        seen = Positions(operator)
+        seen.walk(get_ast(code))
+        for occurrence, (start, _) in enumerate(seen.found):
+            if tuple(start) not in silent:
+                yield start, operator, occurrence
+
+
+def changed(path, operator, occurrence):
+    """The file with the fault, or None where that is the same program, or none."""
+    from cosmic_ray.mutating import mutate_code
+
+    code = (ROOT / path).read_text()
+    result = mutate_code(code, operator, occurrence)
+    try:
+        same = result is None or ast.dump(ast.parse(result)) == ast.dump(ast.parse(code))
+    except SyntaxError:
+        return None
+    return None if same else result
+
+
+def drawn(package, count, randomness):
+    """A sample that is even over places in the code, however many operators apply at each."""
+    places = collections.defaultdict(list)
+    for path in sources(package):
+        for start, *fault in faults(path):
+            places[path, start].append(fault)
+    order = sorted(places)
+    randomness.shuffle(order)
+    found = []
+    for path, start in order:
+        operator, occurrence = randomness.choice(places[path, start])
+        text = changed(path, operator, occurrence)
+        if text is not None:
+            found.append((path, start, type(operator).__name__, text))
+        if len(found) == count:
+            break
+    return found
+
+
+def change(path, text):
+    """(before, after) in one line each."""
+    old, new = (ROOT / path).read_text().splitlines(), text.splitlines()
+    first = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), len(new))
+    after = [line for line in new[first : len(new) - (len(old) - first - 1)]]
+    return old[first].strip(), " ".join(line.strip() for line in after[:2])
+
+
+class Tests:
+    """Which tests ran a line, and what each takes."""
+
+    def __init__(self):
+        self.by_line, self.seconds = collections.defaultdict(set), {}
+        results, data = ROOT / ".cache" / "mutation.xml", ROOT / ".cache" / "coverage"
+        if results.exists():
+            for case in ElementTree.parse(results).iter("testcase"):
+                where = case.get("classname").replace(".", "/") + ".py"
+                self.seconds[f"{where}::{case.get('name')}"] = float(case.get("time"))
+        if data.exists():
+            from coverage.numbits import numbits_to_nums
+
+            rows = sqlite3.connect(data).execute(
+                "select file.path, context.context, numbits from line_bits"
+                " join file on file.id = file_id join context on context.id = context_id"
+            )
+            for path, context, bits in rows:
+                name = context.partition("|")[0]
+                if name in self.seconds:
+                    for line in numbits_to_nums(bits):
+                        self.by_line[path.partition("/wsbcn_d2/")[2], line].add(name)
+
+    def of(self, package, path, line):
+        """Names for pytest: of the tests that ran the line, else of the package's."""
+        patterns = CONFIG["packages"][package]["tests"]
+        own = [str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern)]
+        names = sorted(self.by_line[path.partition("wsbcn_d2/")[2], line])
+        known = [n for n in self.seconds if any(n.startswith(p) for p in own)]
+        if not known and not names:
+            return own
+        names = sorted(names, key=self.seconds.get)
+        if len(names) < 3:
+            names += sorted(set(known) - set(names), key=self.seconds.get)
+        kept, left = [], CONFIG["budget"]
+        for name in names:
+            left -= self.seconds[name]
+            if left > 0 or not kept:
+                kept.append(name)
+        return kept
+
+
+def attempt(copy, names, timeout):
+    """What pytest says of the copy: "noticed", "survived" or "too slow"."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if not pid:
+        code = 70
+        try:
+            os.setpgid(0, 0)
+            os.chdir(copy)
+            output = os.open("pytest.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1), os.dup2(output, 2)
+            sys.path.insert(0, str(copy))
+            os.environ.update(PYTHONPATH=str(copy), PYTHONDONTWRITEBYTECODE="1")
+            import pytest
+
+            code = pytest.main(
+                ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:cov", "-p", "no:xdist", *names]
+            )
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + timeout
+    try:
+        while time.monotonic() < deadline:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                return {0: "survived", 5: "survived"}.get(
+                    os.waitstatus_to_exitcode(status), "noticed"
+                )
+            time.sleep(0.05)
+        os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        return "too slow"
+    finally:
+        try:
+            os.killpg(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def equivalents():
+    listed = (HERE / "equivalent.txt").read_text().splitlines()
+    return {line.partition("  # ")[0].strip() for line in listed if line and line[0] != "#"}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("packages", nargs="*", default=list(CONFIG["packages"]))
+    parser.add_argument("--sample", type=int, default=50, help="faults in each package")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--list", action="store_true", help="show the draw, try nothing")
+    parser.add_argument("--output", type=Path, help="a file for one JSON line per fault")
+    args = parser.parse_args()
+    sys.path.insert(0, str(HERE))
+    tests, known = Tests(), equivalents()
+    if not args.list:
+        import detectron2.model_zoo  # noqa: F401
+        import hypothesis  # noqa: F401
+        import torch
+
+        torch.set_num_threads(1)
+    folder = Path(tempfile.mkdtemp(prefix="mutation-"))
+    for name in tracked():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
+    for package in args.packages:
+        counts = collections.Counter()
+        draw = drawn(package, args.sample, random.Random(f"{package} {args.seed}"))
+        for path, (line, column), operator, text in draw:
+            before, after = change(path, text)
+            what = f"{path}: {before} -> {after}"
+            if args.list:
+                print(f"{path}:{line}:{column} {operator}: {before} -> {after}")
+                continue
+            names = tests.of(package, path, line)
+            (folder / path).write_text(text)
+            began = time.monotonic()
+            try:
+                result = attempt(folder, names, 30 + 4 * CONFIG["budget"])
+            finally:
+                shutil.copy2(ROOT / path, folder / path)
+            if result == "survived" and what in known:
+                result = "equivalent"
+            counts[result] += 1
+            seconds = time.monotonic() - began
+            if result in ("survived", "equivalent"):
+                print(f"{result}: {path}:{line} {operator}: {before} -> {after}", flush=True)
+            if args.output:
+                row = {"package": package, "result": result, "path": path, "line": line}
+                row |= {"operator": operator, "before": before, "after": after}
+                row |= {"seconds": round(seconds, 1), "tests": len(names)}
+                with args.output.open("a") as stream:
+                    stream.write(json.dumps(row) + "\n")
+        found, real = counts["noticed"] + counts["too slow"], counts.total() - counts["equivalent"]
+        if real:
+            print(f"{package}: {found} of {real} noticed ({found / real:.0%}), {dict(counts)}")
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
