@@ -89,9 +89,9 @@ class OtherString(Operator):
     WORD = re.compile(r"""^(["'])[\w.:/-]+\1$""")
 
     def mutation_positions(self, node):
-        if node.type == "string" and self.WORD.match(node.value):
-            if not _within(node, "raise_stmt") and node.parent.type != "simple_stmt":
-                yield node.start_pos, node.end_pos
+        word = node.type == "string" and self.WORD.match(node.value)
+        if word and not _within(node, "raise_stmt") and node.parent.type != "simple_stmt":
+            yield node.start_pos, node.end_pos
 
     def mutate(self, node, index):
         quote = node.value[0]
@@ -155,9 +155,8 @@ class RemoveContext(Operator):
     """A ``with`` that binds no name, such as a lock, is left out."""
 
     def mutation_positions(self, node):
-        if node.type == "with_stmt" and "as" not in [x.type for x in node.children]:
-            if not any(x.type == "with_item" for x in node.children):
-                yield node.start_pos, node.children[-2].end_pos
+        if node.type == "with_stmt" and not any(x.type == "with_item" for x in node.children):
+            yield node.start_pos, node.children[-2].end_pos
 
     def mutate(self, node, index):
         leading = node.get_first_leaf().prefix

@@ -17,6 +17,7 @@ Everything heavy is imported once: each try is a fork of this process, in a grou
 import argparse
 import ast
 import collections
+import contextlib
 import fnmatch
 import json
 import os
@@ -28,9 +29,10 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+
+import tomllib
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -77,10 +79,9 @@ def faults(path):
             hidden = [node.returns]
         elif isinstance(node, ast.Raise):
             hidden = [node.exc] if node.exc else []
-        elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
-            hidden = [node]
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            hidden = [node]
+        elif isinstance(node, ast.Assign | ast.If):
+            head = ast.unparse(node.test if isinstance(node, ast.If) else node.targets[0])
+            hidden = [node] if head in ("__all__", "TYPE_CHECKING") else []
         for part in hidden:
             for inner in ast.walk(part):
                 if hasattr(inner, "col_offset"):
@@ -209,10 +210,8 @@ def attempt(copy, names, timeout):
         os.waitpid(pid, 0)
         return "too slow"
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):  # what the tests have left running
             os.killpg(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def equivalents():
