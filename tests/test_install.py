@@ -285,6 +285,7 @@ def test_stub_survives_probes():
 def test_unreachable_git_falls_through_to_pure(monkeypatch, capsys, failure, reason):
     def run(command, **kwargs):
         assert command[0] == "git" and kwargs["env"]["GIT_TERMINAL_PROMPT"] == "0"
+        assert kwargs["timeout"] == 10
         if isinstance(failure, Exception):
             raise failure
         return subprocess.CompletedProcess(command, failure, "", "fatal: no such host\n")
