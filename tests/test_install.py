@@ -296,6 +296,34 @@ def test_unreachable_git_falls_through_to_pure(monkeypatch, capsys, failure, rea
     assert reason in capsys.readouterr().out
 
 
+def test_a_pip_that_hangs_is_given_up(monkeypatch):
+    def run(command, **kwargs):
+        assert command[1:4] == ["-m", "pip", "wheel"]
+        raise subprocess.TimeoutExpired(command, kwargs["timeout"])
+
+    monkeypatch.setattr(installer.subprocess, "run", run)
+    with pytest.raises(InstallError, match="pip wheel took longer than 7 s"):
+        installer.pip("wheel", "x", timeout=7)
+
+
+def test_the_official_commit_has_an_hour_to_compile(monkeypatch):
+    calls = []
+
+    def pip(*args, **kwargs):
+        calls.append((args, kwargs))
+        if args[0] == "wheel":
+            raise InstallError("enough")
+
+    monkeypatch.setattr(installer, "probe_git", lambda: None)
+    monkeypatch.setattr(installer, "pip", pip)
+    with pytest.raises(InstallError, match="enough"):
+        installer.install_git()
+    args, kwargs = calls[-1]
+    url = "git+https://github.com/facebookresearch/detectron2.git@"
+    assert args[-1] == url + "02b5c4e295e990042a714712c21dc79b731e8833"
+    assert kwargs["timeout"] == 3600
+
+
 def test_failed_compilation_falls_through_to_pure(monkeypatch, capsys):
     def pip(*args, **kwargs):
         raise InstallError("pip install failed: error: command 'g++' failed")

@@ -1,4 +1,4 @@
-"""Puts faults into a copy of the code, one at a time, and says which of them no test notices.
+r"""Puts faults into a copy of the code, one at a time, and says which of them no test notices.
 
     pip install cosmic-ray
     python tests/mutation/run.py layers data --sample 50 --seed 1
@@ -6,10 +6,14 @@
 draws 50 faults in each of the packages that config.toml names (all of them without names), by
 cosmic-ray's operators and those in operators.py. The seed decides on the draw. A fault in a line
 is tried on the tests that ran the line, quickest first; which ones they are, and how long they
-take, comes from ``pytest --cov=wsbcn_d2 --cov-context=test --junitxml=.cache/mutation.xml``, whose
-data are looked for in .cache/coverage. Without these, and for lines that run at import, the tests
-of the package serve. Survivors are printed as changes of a line; equivalent.txt lists those that
-change nothing a user could see, each with the reason.
+take, is read from --map, a folder that this fills:
+
+    COVERAGE_FILE=.cache/map/coverage python -m pytest --all --cov=wsbcn_d2 --cov-context=test \
+        --cov-report= --junitxml=.cache/map/tests.xml
+
+Without it, and for lines that run at import, the tests of the package serve. Survivors are printed
+as changes of a line; equivalent.txt lists those that change nothing a user could see, each with the
+reason.
 
 Everything heavy is imported once: each try is a fork of this process, in a group of its own.
 """
@@ -19,6 +23,7 @@ import ast
 import collections
 import contextlib
 import fnmatch
+import importlib
 import json
 import os
 import random
@@ -138,14 +143,13 @@ def change(path, text):
 class Tests:
     """Which tests ran a line, and what each takes."""
 
-    def __init__(self):
+    def __init__(self, folder):
         self.by_line, self.seconds = collections.defaultdict(set), {}
-        results, data = ROOT / ".cache" / "mutation.xml", ROOT / ".cache" / "coverage"
-        if results.exists():
+        for results in folder.glob("*.xml"):
             for case in ElementTree.parse(results).iter("testcase"):
                 where = case.get("classname").replace(".", "/") + ".py"
                 self.seconds[f"{where}::{case.get('name')}"] = float(case.get("time"))
-        if data.exists():
+        for data in folder.glob("*coverage"):
             from coverage.numbits import numbits_to_nums
 
             rows = sqlite3.connect(data).execute(
@@ -153,23 +157,24 @@ class Tests:
                 " join file on file.id = file_id join context on context.id = context_id"
             )
             for path, context, bits in rows:
-                name = context.partition("|")[0]
-                if name in self.seconds:
+                if name := context.partition("|")[0]:
+                    self.seconds.setdefault(name, 1.0)
                     for line in numbits_to_nums(bits):
-                        self.by_line[path.partition("/wsbcn_d2/")[2], line].add(name)
+                        self.by_line[path.rpartition("/wsbcn_d2/")[2], line].add(name)
 
-    def of(self, package, path, line):
+    def of(self, package, path, line, budget):
         """Names for pytest: of the tests that ran the line, else of the package's."""
         patterns = CONFIG["packages"][package]["tests"]
         own = [str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern)]
-        names = sorted(self.by_line[path.partition("wsbcn_d2/")[2], line])
+        ran = self.by_line[path.partition("wsbcn_d2/")[2], line]
+        names = sorted(n for n in ran if (ROOT / n.partition("::")[0]).exists())
         known = [n for n in self.seconds if any(n.startswith(p) for p in own)]
         if not known and not names:
             return own
         names = sorted(names, key=self.seconds.get)
         if len(names) < 3:
             names += sorted(set(known) - set(names), key=self.seconds.get)
-        kept, left = [], CONFIG["budget"]
+        kept, left = [], budget
         for name in names:
             left -= self.seconds[name]
             if left > 0 or not kept:
@@ -202,9 +207,10 @@ def attempt(copy, names, timeout):
         while time.monotonic() < deadline:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
-                return {0: "survived", 5: "survived"}.get(
-                    os.waitstatus_to_exitcode(status), "noticed"
-                )
+                code = os.waitstatus_to_exitcode(status)
+                if code == 4 and "ImportError" not in (copy / "pytest.log").read_text():
+                    return "no tests"
+                return "survived" if code in (0, 5) else "noticed"
             time.sleep(0.05)
         os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -212,6 +218,44 @@ def attempt(copy, names, timeout):
     finally:
         with contextlib.suppress(ProcessLookupError):  # what the tests have left running
             os.killpg(pid, signal.SIGKILL)
+
+
+def by_hand(copy, timeout):
+    """Tries every fault of by_hand.toml; returns how many were noticed."""
+    noticed = 0
+    for fault in tomllib.loads((HERE / "by_hand.toml").read_text())["fault"]:
+        code = (ROOT / fault["file"]).read_text()
+        if code.count(fault["before"]) == 0:
+            print(f"gone: {fault['what']}: {fault['file']} has no such text", flush=True)
+            continue
+        result = tried(copy, fault["file"], code.replace(fault["before"], fault["after"], 1),
+                       fault["tests"], timeout)  # fmt: skip
+        noticed += result == "noticed"
+        print(f"{result}: {fault['what']}", flush=True)
+    return noticed
+
+
+def tried(copy, path, text, names, timeout):
+    """What the tests say of the copy with another text in one of its files."""
+    (copy / path).write_text(text)
+    try:
+        return attempt(copy, names, timeout)
+    finally:
+        shutil.copy2(ROOT / path, copy / path)
+
+
+def import_what_the_tests_import():
+    """All of it but the code itself: forks have it then."""
+    code = "import sys, conftest, wsbcn_d2.study, wsbcn_d2.cli.predict, wsbcn_d2.engine.lazy"
+    code += ", hypothesis, PIL.PngImagePlugin, matplotlib.backends.backend_agg; print(*sys.modules)"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    listed = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True
+    )
+    for name in listed.stdout.decode().splitlines()[-1].split():
+        if name.partition(".")[0] not in ("wsbcn_d2", "conftest", "__main__"):
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
 
 
 def equivalents():
@@ -224,21 +268,23 @@ def main():
     parser.add_argument("packages", nargs="*", default=list(CONFIG["packages"]))
     parser.add_argument("--sample", type=int, default=50, help="faults in each package")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--map", type=Path, default=ROOT / ".cache" / "map")
+    parser.add_argument("--budget", type=float, default=60, help="seconds of tests for one fault")
+    parser.add_argument("--by-hand", action="store_true", help="the faults of by_hand.toml alone")
     parser.add_argument("--list", action="store_true", help="show the draw, try nothing")
     parser.add_argument("--output", type=Path, help="a file for one JSON line per fault")
     args = parser.parse_args()
     sys.path.insert(0, str(HERE))
-    tests, known = Tests(), equivalents()
+    tests, known = Tests(args.map), equivalents()
     if not args.list:
-        import detectron2.model_zoo  # noqa: F401
-        import hypothesis  # noqa: F401
-        import torch
-
-        torch.set_num_threads(1)
+        import_what_the_tests_import()
     folder = Path(tempfile.mkdtemp(prefix="mutation-"))
     for name in tracked():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
+    if args.by_hand:
+        by_hand(folder, 1200)
+        args.packages = []
     for package in args.packages:
         counts = collections.Counter()
         draw = drawn(package, args.sample, random.Random(f"{package} {args.seed}"))
@@ -248,13 +294,9 @@ def main():
             if args.list:
                 print(f"{path}:{line}:{column} {operator}: {before} -> {after}")
                 continue
-            names = tests.of(package, path, line)
-            (folder / path).write_text(text)
+            names = tests.of(package, path, line, args.budget)
             began = time.monotonic()
-            try:
-                result = attempt(folder, names, 30 + 4 * CONFIG["budget"])
-            finally:
-                shutil.copy2(ROOT / path, folder / path)
+            result = tried(folder, path, text, names, 60 + 8 * args.budget)
             if result == "survived" and what in known:
                 result = "equivalent"
             counts[result] += 1

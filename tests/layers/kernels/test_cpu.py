@@ -111,6 +111,19 @@ def test_without_them_the_results_are_the_same(fresh, monkeypatch, caplog, case)
     assert_close(found, (again(x), standardize_weight(weight)))
 
 
+def test_a_compiler_that_hangs_is_given_up(fresh, monkeypatch):
+    stock = subprocess.run
+
+    def run(command, **options):
+        if "--version" in command:
+            return stock(command, **options)
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(OSError, match="timed out after 120 seconds"):
+        build.load("float")
+
+
 def test_processes_that_build_at_the_same_time_all_load(tmp_path):
     code = (
         "import torch; from wsbcn_d2.layers.kernels.cpu import load_kernels;"
