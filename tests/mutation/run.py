@@ -11,9 +11,9 @@ take, is read from --map, a folder that this fills:
     COVERAGE_FILE=.cache/map/coverage python -m pytest --all --cov=wsbcn_d2 --cov-context=test \
         --cov-report= --junitxml=.cache/map/tests.xml
 
-Without it, and for lines that run at import, the tests of the package serve. Survivors are printed
-as changes of a line; equivalent.txt lists those that change nothing a user could see, each with the
-reason.
+Without it, and for lines that run at import, those files of the package's tests serve that speak of
+what is around the line. Survivors are printed as changes of a line; equivalent.txt lists those that
+change nothing a user could see, each with the reason.
 
 Everything heavy is imported once: each try is a fork of this process, in a group of its own.
 """
@@ -163,23 +163,36 @@ class Tests:
                         self.by_line[path.rpartition("/wsbcn_d2/")[2], line].add(name)
 
     def of(self, package, path, line, budget):
-        """Names for pytest: of the tests that ran the line, else of the package's."""
+        """Arguments for pytest: the tests that ran the line, else files that speak of it."""
+        ran = self.by_line[path.rpartition("wsbcn_d2/")[2], line]
+        names = sorted((n for n in ran if (ROOT / n.partition("::")[0]).exists()), key=self.cost)
+        if len(names) > 2:
+            kept = []
+            for name in names:
+                budget -= self.seconds[name]
+                if budget > 0 or not kept:
+                    kept.append(name)
+            return kept
         patterns = CONFIG["packages"][package]["tests"]
-        own = [str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern)]
-        ran = self.by_line[path.partition("wsbcn_d2/")[2], line]
-        names = sorted(n for n in ran if (ROOT / n.partition("::")[0]).exists())
-        known = [n for n in self.seconds if any(n.startswith(p) for p in own)]
-        if not known and not names:
-            return own
-        names = sorted(names, key=self.seconds.get)
-        if len(names) < 3:
-            names += sorted(set(known) - set(names), key=self.seconds.get)
-        kept, left = [], budget
-        for name in names:
-            left -= self.seconds[name]
-            if left > 0 or not kept:
-                kept.append(name)
-        return kept
+        found = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
+        files = [f for p in found for f in ([p] if p.is_file() else sorted(p.rglob("test_*.py")))]
+        words = [Path(path).stem.lstrip("_"), *enclosing(path, line)]
+        speak = {f: sum(w in f.read_text() or w in f.stem for w in words) for f in files}
+        files = sorted(files, key=lambda f: (-speak[f], f.stat().st_size))
+        return ["-m", "not slow", *names, *(str(f.relative_to(ROOT)) for f in files[:4])]
+
+    def cost(self, name):
+        return self.seconds[name], name
+
+
+def enclosing(path, line):
+    """Names of the functions and classes around a line, and of what is assigned there."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if getattr(node, "lineno", line + 1) <= line <= (getattr(node, "end_lineno", 0) or 0):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                yield node.name.lstrip("_")
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                yield node.targets[0].id.lstrip("_")
 
 
 def attempt(copy, names, timeout):
@@ -270,6 +283,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--map", type=Path, default=ROOT / ".cache" / "map")
     parser.add_argument("--budget", type=float, default=60, help="seconds of tests for one fault")
+    parser.add_argument("--limit", type=float, default=600, help="seconds, then it is cut off")
     parser.add_argument("--by-hand", action="store_true", help="the faults of by_hand.toml alone")
     parser.add_argument("--list", action="store_true", help="show the draw, try nothing")
     parser.add_argument("--output", type=Path, help="a file for one JSON line per fault")
@@ -283,7 +297,7 @@ def main():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
     if args.by_hand:
-        by_hand(folder, 1200)
+        by_hand(folder, args.limit)
         args.packages = []
     for package in args.packages:
         counts = collections.Counter()
@@ -296,7 +310,7 @@ def main():
                 continue
             names = tests.of(package, path, line, args.budget)
             began = time.monotonic()
-            result = tried(folder, path, text, names, 60 + 8 * args.budget)
+            result = tried(folder, path, text, names, args.limit)
             if result == "survived" and what in known:
                 result = "equivalent"
             counts[result] += 1
