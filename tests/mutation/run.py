@@ -22,7 +22,6 @@ import argparse
 import ast
 import collections
 import contextlib
-import fnmatch
 import importlib
 import json
 import os
@@ -52,11 +51,10 @@ def tracked():
 
 
 def sources(package):
-    patterns = CONFIG["packages"][package]["code"]
-    files = [name for name in tracked() if name.endswith(".py")]
-    if any("*" in pattern for pattern in patterns):
-        return [f for f in files for p in patterns if fnmatch.fnmatch(f, p) and "/" not in f[9:]]
-    return [f for f in files for p in patterns if f.startswith(p + "/")]
+    options = CONFIG["packages"][package]
+    found = {path for pattern in options["code"] for path in ROOT.glob(pattern)}
+    found -= {path for pattern in options.get("without", ()) for path in ROOT.glob(pattern)}
+    return sorted(str(path.relative_to(ROOT)) for path in found)
 
 
 def faults(path):
@@ -179,7 +177,8 @@ class Tests:
         words = [Path(path).stem.lstrip("_"), *enclosing(path, line)]
         speak = {f: sum(w in f.read_text() or w in f.stem for w in words) for f in files}
         files = sorted(files, key=lambda f: (-speak[f], f.stat().st_size))
-        return ["-m", "not slow", *names, *(str(f.relative_to(ROOT)) for f in files)]
+        quick = [] if CONFIG["packages"][package].get("slow") else ["-m", "not slow"]
+        return [*quick, *names, *(str(f.relative_to(ROOT)) for f in files)]
 
     def cost(self, name):
         return self.seconds[name], name
