@@ -29,11 +29,13 @@ BCN = ["moments", "settle", "apply", "sums", "settle_backward", "combine"]
 @pytest.mark.parametrize(
     "name", ["check_bcn", "check_ws", "check_layers", "check_nodes", "check_gpu_check"]
 )
-def test_interpreted(name):
+def test_interpreted(name, pytestconfig):
     """The interpreter is chosen before Triton is imported, hence the process."""
     path = ROOT / "tests/layers/kernels/interpreted" / f"{name}.py"
+    options = ["--all"] if pytestconfig.option.all else []
+    options += [f"--rotation={pytestconfig.option.rotation}", "-p", "no:cacheprovider"]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(path)],
+        [sys.executable, "-m", "pytest", "-q", "-x", *options, str(path)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip

@@ -63,6 +63,26 @@ def test_a_kernel_that_is_wrong_is_found(monkeypatch):
             gpu_checks.bcn_kernels("cpu", gpu_checks.SMALL)
 
 
+# A few times what rounding explains, for each type.
+TOO_MUCH = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 0.2, torch.float64: 1e-9}
+
+
+@pytest.mark.parametrize("dtype", gpu_checks.LIMITS)
+def test_each_type_has_a_limit_of_its_own(dtype, monkeypatch):
+    monkeypatch.setattr(gpu_checks, "LIMITS", {dtype: gpu_checks.LIMITS[dtype]})
+    factor = 1 + TOO_MUCH[dtype]
+    monkeypatch.setattr(triton_bcn, "bcn_forward", wrong(triton_bcn.bcn_forward, factor))
+    with pytest.raises(AssertionError, match="allowed"):
+        gpu_checks.bcn_kernels("cpu", gpu_checks.SMALL[:1])
+
+
+@pytest.mark.parametrize("amp", gpu_checks.GRADIENT_LIMITS)
+def test_gradients_that_are_twice_too_large_are_found(amp, monkeypatch):
+    monkeypatch.setattr(triton_bcn, "bcn_backward", wrong(triton_bcn.bcn_backward, 2))
+    with pytest.raises(AssertionError, match="step 0, gradients"):
+        gpu_checks.training("cpu", steps=1, width=8, size=9, amp=amp)
+
+
 def test_the_page(tmp_path, monkeypatch, capsys):
     def bad(device):
         raise AssertionError("x | y:\nerror 1")
