@@ -1,8 +1,11 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share; which tests have their turn."""
 
+import collections
 import importlib.util
 import logging
+import os
 import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +42,47 @@ TINY = {
 TINY = [str(part) for pair in TINY.items() for part in pair]
 
 
+SEED = int(os.environ.get("WSBCN_TEST_SEED", "0"))
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("wsbcn_d2")
+    group.addoption("--all", action="store_true", help="every test, whoever's turn it is")
+    group.addoption(
+        "--rotation", type=int, metavar="N",
+        help="whose turn it is among the tests marked rotated; the number of today if not given",
+    )  # fmt: skip
+
+
+def pytest_configure(config):
+    if config.option.rotation is None:  # once: the processes of xdist are told
+        config.option.rotation = int(time.time() / 86400)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of a test with many parameters that is marked rotated(n), every n-th has its turn."""
+    if config.option.all or any("::" in str(arg) for arg in config.args):
+        return
+    seen, left = collections.Counter(), []
+    for item in items:
+        if mark := item.get_closest_marker("rotated"):
+            test = item.path, item.originalname
+            if (seen[test] + config.option.rotation) % mark.args[0]:
+                left.append(item)
+            seen[test] += 1
+    if left:
+        items[:] = [item for item in items if item not in set(left)]
+        config.hook.pytest_deselected(items=left)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.option.all:
+        terminalreporter.write_line(
+            f"rotation {config.option.rotation}: --rotation {config.option.rotation} runs the "
+            "same tests again, --all runs every one"
+        )
+
+
 def kept_for_backward(run):
     """Address to bytes of the distinct tensors that autograd keeps of ``run()``."""
     kept = {}
@@ -56,10 +100,10 @@ def kept_for_backward(run):
 
 @pytest.fixture(autouse=True)
 def one_thread_and_a_seed():
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    np.random.seed(0)
-    random.seed(0)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.manual_seed(SEED)
+    np.random.seed(SEED)
+    random.seed(SEED)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import pytest
 
 from wsbcn_d2.files import PART_FILE, locked, progress, replacing, take_lock
 
-SPAWN = multiprocessing.get_context("spawn")
+FORK = multiprocessing.get_context("fork")  # has everything imported
 
 
 def test_a_written_file_replaces_the_old_one_and_leaves_nothing_else(tmp_path):
@@ -65,7 +65,7 @@ def write_often(folder, name, times):
 
 @pytest.mark.slow
 def test_writers_in_one_folder_do_not_mix(tmp_path):
-    writers = [SPAWN.Process(target=write_often, args=(tmp_path, n, 100)) for n in ("a", "b", "a")]
+    writers = [FORK.Process(target=write_often, args=(tmp_path, n, 100)) for n in ("a", "b", "a")]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -83,8 +83,8 @@ def hold(path, seconds, ready):
 
 
 def test_a_lock_is_waited_for_and_patience_ends_in_one_line(tmp_path):
-    path, ready = tmp_path / "lock", SPAWN.Event()
-    holder = SPAWN.Process(target=hold, args=(path, 60, ready))
+    path, ready = tmp_path / "lock", FORK.Event()
+    holder = FORK.Process(target=hold, args=(path, 60, ready))
     holder.start()
     assert ready.wait(60)
     assert take_lock(path, 0.2) is None

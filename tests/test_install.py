@@ -1,16 +1,26 @@
-"""Tools that install Detectron2 and check the environment; no network, nothing is installed."""
+"""Tools that install Detectron2, on the real archive, and check the environment."""
 
+import ast
+import base64
 import copy
+import difflib
+import hashlib
 import importlib.util
 import inspect
 import io
+import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from wsbcn_d2.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "tools" / "install"
@@ -31,22 +41,29 @@ stub = load("detectron2_stub")
 InstallError = wheel.InstallError
 
 
-def make_tree(root):
-    """A tree with just the texts that the patches look for."""
-    for name, old, _, count in wheel.PATCHES:
-        path = root / "detectron2" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text() if path.exists() else "# header\n"
-        path.write_text(text + "".join(f"{old}# {i}\n" for i in range(count)))
-    for name in ("detectron2/__init__.py", "detectron2/model_zoo/configs/base.yaml", "LICENSE"):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
-    for target in wheel.PROJECTS.values():
-        path = root / "projects" / target / "__init__.py"
-        path.parent.mkdir(parents=True)
-        path.write_text("")
-    return root
+@pytest.fixture(scope="session")
+def sdist():
+    """The real archive: kept from an earlier run, or downloaded as the installer does it."""
+    kept = ROOT / ".cache" / f"{wheel.SDIST_NAME}-{wheel.SDIST_VERSION}.tar.gz"
+    if not kept.exists():
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                found = wheel.download_sdist(folder)
+            except InstallError as error:
+                if "WSBCN_CI" in os.environ:
+                    raise
+                pytest.skip(str(error))
+            wheel.verify_sha256(found)
+            with replacing(kept) as part:
+                shutil.copy(found, part)
+    wheel.verify_sha256(kept)
+    return kept
+
+
+@pytest.fixture
+def tree(sdist, tmp_path):
+    """What the real archive holds."""
+    return wheel.unpack(sdist, tmp_path / "unpacked")
 
 
 def make_sdist(path, members):
@@ -58,20 +75,48 @@ def make_sdist(path, members):
     return path
 
 
-def test_patches_replace_every_old_name(tmp_path):
-    tree = make_tree(tmp_path)
+# Lines that differ after patching, besides the notice; counted in the v0.6 sources by hand.
+CHANGED = {
+    "data/build.py": 2,
+    "data/datasets/pascal_voc.py": 1,
+    "data/transforms/transform.py": 1,
+    "evaluation/coco_evaluation.py": 1,
+    "evaluation/pascal_voc_evaluation.py": 2,
+    "evaluation/sem_seg_evaluation.py": 7,
+    "export/__init__.py": 1,
+    "layers/nms.py": 1,
+    "model_zoo/model_zoo.py": 3,
+    "structures/masks.py": 3,
+    "utils/video_visualizer.py": 1,
+    "utils/visualizer.py": 3,
+}
+OLD = re.compile(r"\bnp\.(bool|int|float|str|object|complex)\b|Image\.LINEAR|pkg_resources")
+
+
+def read(tree):
+    files = sorted((tree / "detectron2").rglob("*.py"))
+    return {path.relative_to(tree / "detectron2").as_posix(): path.read_text() for path in files}
+
+
+def test_the_real_tree_is_patched_in_these_lines_alone(tree):
+    before = read(tree)
+    assert sum(len(OLD.findall(text)) for text in before.values()) == 22
     wheel.patch_tree(tree)
-    text = "".join(p.read_text() for p in tree.rglob("*.py") if p.name != "_C.py")
-    for old in ("np.bool", "np.int", "np.float", "np.str", "Image.LINEAR", "pkg_resources"):
-        assert old not in text
-    patched = (tree / "detectron2/structures/masks.py").read_text()
-    assert patched.count(wheel.NOTICE) == 1 and patched.count("astype(bool)") == 2
-    assert (tree / "detectron2/_C.py").read_text() == wheel.STUB.read_text()
+    after = read(tree)
+    assert after.pop("_C.py") == wheel.STUB.read_text()
+    changed = {name for name in before if before[name] != after[name]}
+    assert before.keys() == after.keys() and changed == CHANGED.keys()
+    for name in changed:
+        notice, _, text = after[name].partition("\n")
+        assert notice + "\n" == wheel.NOTICE
+        lines = difflib.ndiff(before[name].splitlines(), text.splitlines())
+        assert sum(line.startswith("- ") for line in lines) == CHANGED[name], name
+        ast.parse(text)
+    assert not [name for name, text in after.items() if OLD.search(text)]
 
 
 @pytest.mark.parametrize("text", ["something else\n", None])
-def test_patch_of_unexpected_text_names_the_file(tmp_path, text):
-    tree = make_tree(tmp_path)
+def test_patch_of_unexpected_text_names_the_file(tree, text):
     target = tree / "detectron2/utils/visualizer.py"
     target.unlink() if text is None else target.write_text(text)
     with pytest.raises(InstallError, match=r"utils/visualizer.py: expected 3 x .* found 0"):
@@ -151,22 +196,60 @@ def test_stand_in_backend_answers_for_the_sdist(tmp_path):
     assert "Name: pb1-detectron2\nVersion: 0.6\n" in (tmp_path / name / "METADATA").read_text()
 
 
-def test_wheel_is_complete_and_installable(tmp_path):
-    tree = make_tree(tmp_path / "tree")
+# What Detectron2 v0.6 needs at run time, from its own setup.py.
+NEEDED = {
+    *("Pillow", "matplotlib", "pycocotools", "termcolor", "yacs", "tabulate", "cloudpickle"),
+    *("tqdm", "tensorboard", "fvcore", "iopath", "omegaconf", "hydra-core"),
+}
+
+
+@pytest.mark.slow
+def test_the_real_wheel_is_complete_and_works(tree, tmp_path):
+    files = {p.relative_to(tree).as_posix() for p in tree.rglob("detectron2/**/*.py")}
+    files |= {p.relative_to(tree).as_posix() for p in tree.rglob("detectron2/**/*.yaml")}
+    assert len(files) > 250
     wheel.patch_tree(tree)
     path = wheel.build_wheel(tree, tmp_path)
     with zipfile.ZipFile(path) as archive:
         names = set(archive.namelist())
+        info = archive.read("detectron2-0.6+pure.dist-info/METADATA").decode()
+        record = archive.read("detectron2-0.6+pure.dist-info/RECORD").decode().splitlines()
+        assert {line.partition(",")[0] for line in record} == names
+        for name, digest, size in (line.split(",") for line in record[:-1]):
+            data = archive.read(name)
+            encoded = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode()
+            assert (digest, size) == (f"sha256={encoded.rstrip('=')}", str(len(data))), name
+    assert files <= names
     assert {
-        "detectron2/__init__.py",
         "detectron2/_C.py",
-        "detectron2/model_zoo/configs/base.yaml",
         "detectron2/projects/point_rend/__init__.py",
-        "detectron2-0.6+pure.dist-info/RECORD",
+        "detectron2/projects/deeplab/__init__.py",
+        "detectron2/projects/panoptic_deeplab/__init__.py",
+        "detectron2-0.6+pure.dist-info/LICENSE",
     } <= names
+    needed = re.findall(r"^Requires-Dist: ([\w-]+)", info, re.MULTILINE)
+    assert set(needed) == NEEDED and len(needed) == len(NEEDED)
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
     subprocess.run([*command, "--target", tmp_path / "site", path], check=True)
-    assert (tmp_path / "site/detectron2/model_zoo/model_zoo.py").is_file()
+    script = """
+import detectron2, sys, torch
+from detectron2 import model_zoo
+from detectron2.layers import batched_nms_rotated, nms
+from detectron2.modeling import build_model
+assert detectron2.__file__.startswith(sys.argv[1])
+cfg = model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
+with torch.no_grad():
+    found = build_model(cfg).eval()([{"image": torch.zeros(3, 32, 32)}])
+print(type(found[0]["instances"]).__name__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, tmp_path / "site"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["Instances"], done.stderr
 
 
 @pytest.mark.parametrize(
@@ -202,6 +285,7 @@ def test_stub_survives_probes():
 def test_unreachable_git_falls_through_to_pure(monkeypatch, capsys, failure, reason):
     def run(command, **kwargs):
         assert command[0] == "git" and kwargs["env"]["GIT_TERMINAL_PROMPT"] == "0"
+        assert kwargs["timeout"] == 10
         if isinstance(failure, Exception):
             raise failure
         return subprocess.CompletedProcess(command, failure, "", "fatal: no such host\n")
@@ -210,6 +294,34 @@ def test_unreachable_git_falls_through_to_pure(monkeypatch, capsys, failure, rea
     monkeypatch.setitem(installer.SOURCES, "pure", lambda verbose: None)
     assert installer.install("auto") == "pure"
     assert reason in capsys.readouterr().out
+
+
+def test_a_pip_that_hangs_is_given_up(monkeypatch):
+    def run(command, **kwargs):
+        assert command[1:4] == ["-m", "pip", "wheel"]
+        raise subprocess.TimeoutExpired(command, kwargs["timeout"])
+
+    monkeypatch.setattr(installer.subprocess, "run", run)
+    with pytest.raises(InstallError, match="pip wheel took longer than 7 s"):
+        installer.pip("wheel", "x", timeout=7)
+
+
+def test_the_official_commit_has_an_hour_to_compile(monkeypatch):
+    calls = []
+
+    def pip(*args, **kwargs):
+        calls.append((args, kwargs))
+        if args[0] == "wheel":
+            raise InstallError("enough")
+
+    monkeypatch.setattr(installer, "probe_git", lambda: None)
+    monkeypatch.setattr(installer, "pip", pip)
+    with pytest.raises(InstallError, match="enough"):
+        installer.install_git()
+    args, kwargs = calls[-1]
+    url = "git+https://github.com/facebookresearch/detectron2.git@"
+    assert args[-1] == url + "02b5c4e295e990042a714712c21dc79b731e8833"
+    assert kwargs["timeout"] == 3600
 
 
 def test_failed_compilation_falls_through_to_pure(monkeypatch, capsys):

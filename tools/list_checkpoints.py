@@ -10,16 +10,6 @@ from wsbcn_d2.checkpoint.catalog.entries import CATALOG, PREFIX
 from wsbcn_d2.checkpoint.catalog.fetching import OFFLINE_VARIABLE
 
 
-def table() -> list[str]:
-    """Returns the catalog as lines of a table."""
-    heads = ("name", "norm", "WS formula", "input", "licence", "reported")
-    rows = [
-        (f"{PREFIX}{e.name}", e.norm, e.formula, e.pixels.input_format, e.licence, e.score)
-        for e in CATALOG.values()
-    ]
-    return tabulate(rows, heads, tablefmt="plain", disable_numparse=True).splitlines()
-
-
 def main(argv=None) -> int:
     """Runs the tool; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -28,7 +18,12 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--urls", action="store_true", help="also print where the files are")
     args = parser.parse_args(argv)
-    print("\n".join(table()))
+    rows = [
+        (f"{PREFIX}{e.name}", e.norm, e.formula, e.pixels.input_format, e.licence, e.score)
+        for e in CATALOG.values()
+    ]
+    head = ("name", "norm", "WS formula", "input", "licence", "reported")
+    print(tabulate(rows, head, tablefmt="plain", disable_numparse=True))
     if args.urls:
         for entry in CATALOG.values():
             print("\n".join([f"\n{PREFIX}{entry.name}", *(f"  {url}" for url in entry.urls)]))

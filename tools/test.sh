@@ -11,7 +11,7 @@ cd "$REPO_ROOT"
 # The workers share the cores; more threads than that only get in each other's way.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 if [ $# -eq 0 ]; then
-    set -- --cov=wsbcn_d2 --cov-report=term-missing:skip-covered --cov-fail-under=95
+    set -- --cov=wsbcn_d2 --cov-report=term-missing:skip-covered --cov-fail-under=97
 fi
 rm -f .cache/coverage*  # what a killed run left behind would count as covered
-exec "$ENV_PYTHON" -m pytest -q -n "${WSBCN_TEST_WORKERS:-2}" "$@"
+exec "$ENV_PYTHON" -m pytest -q -n "${WSBCN_TEST_WORKERS:-2}" --dist worksteal "$@"

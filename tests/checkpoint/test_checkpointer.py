@@ -165,6 +165,23 @@ def test_pixel_statistics_are_warned_about(tmp_path, caplog):
     assert len(text) == 1 and "does not say how its weights were standardized" in text[0]
 
 
+def test_how_different_numbers_are_told_apart(tmp_path, caplog):
+    """Rounding to float32 is no difference; a hundredth of a grey level and of an eps is one."""
+    net = model()
+    net.register_buffer("pixel_mean", torch.tensor([103.53, 116.28, 123.675]).view(3, 1, 1), False)
+    for mean, eps, expected in (
+        ((103.5301, 116.2801, 123.6751), 1.0001e-5, []),
+        ((103.54, 116.28, 123.675), 1e-5, ["MODEL.PIXEL_MEAN"]),
+        ((103.53, 116.28, 123.665), 1e-5, ["MODEL.PIXEL_MEAN"]),
+        ((103.53, 116.28, 123.675), 1.01e-5, ["MODEL.WS.EPS"]),
+        ((103.53, 116.28, 123.675), 0.99e-5, ["MODEL.WS.EPS"]),
+    ):
+        record = meta(pixel_mean=mean, ws_eps=eps)
+        said = warned(caplog, net, save(tmp_path / "a.pth", weights(), record))
+        assert len(said) == len(expected), said
+        assert all(key in text for key, text in zip(expected, said, strict=True))
+
+
 def test_expectation_from_cfg_and_from_model():
     cfg = small("SyncBCN", "biased")
     cfg.MODEL.WS.EPS = 1e-4

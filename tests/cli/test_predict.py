@@ -103,6 +103,7 @@ def test_a_video(run, tmp_path):
     assert {r["image_id"] for r in results} == {1, 2, 3}
     drawn = cv2.VideoCapture(str(output / "film.mp4"))
     assert drawn.get(cv2.CAP_PROP_FRAME_COUNT) == 3 and drawn.read()[1].shape == (64, 80, 3)
+    assert drawn.get(cv2.CAP_PROP_FPS) == 5
 
 
 def cut(path):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -76,6 +77,31 @@ print(json.dumps([wsbcn_d2.__file__, sorted(names + lazy)]))
     expected = [*configs.rglob("*.yaml"), *configs.glob("lazy/COCO*/*.py")]
     assert names == sorted(path.relative_to(configs).as_posix() for path in expected)
     assert (site / "wsbcn_d2" / "py.typed").is_file()
+
+
+# What the code imports, by the names of the packages; detectron2 cannot be named, see setup.py.
+NEEDED = [
+    *("cloudpickle", "fvcore", "hydra-core", "iopath", "matplotlib", "numpy", "omegaconf"),
+    *("packaging", "Pillow", "pycocotools", "safetensors", "scipy", "tabulate", "tensorboard"),
+    *("termcolor", "torch", "torchvision", "tqdm", "yacs"),
+]
+
+
+def test_the_wheel_names_what_it_needs(site):
+    (info,) = site.glob("wsbcn_d2-*.dist-info")
+    lines = (info / "METADATA").read_text().splitlines()
+    needs = [line.removeprefix("Requires-Dist: ") for line in lines if "Requires-Dist: " in line]
+    always = [need for need in needs if "extra ==" not in need]
+    found = {re.match(r"[\w-]+", need)[0]: need for need in always}
+    assert sorted(found, key=str.lower) == NEEDED
+    assert all(">=" in need for need in always)
+    assert found["torch"] == "torch>=2.10" and found["torchvision"] == "torchvision>=0.25"
+    assert "Requires-Python: >=3.10" in lines
+    assert {need.split('extra == "')[1].strip('"') for need in needs if need not in always} == {
+        "vis",
+        "dev",
+    }
+    assert any(need.startswith("opencv-python-headless") for need in needs)
 
 
 def test_the_commands_train_and_predict(site, run, tmp_path):

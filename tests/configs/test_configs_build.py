@@ -67,6 +67,7 @@ def test_every_config_is_stood_for():
     assert len(names) == len(CONFIGS) >= 8
 
 
+@pytest.mark.rotated(3)
 @pytest.mark.parametrize("cfg", parameters(50))
 def test_one_training_step(cfg, make_batch):
     model = build_model(cfg).train()

@@ -251,6 +251,7 @@ def check_layers(model, name):
         assert model.proposal_generator.post_nms_topk[True] == 2000 // int(name[-4])
 
 
+@pytest.mark.rotated(4)
 @pytest.mark.parametrize("name", NAMES)
 def test_config_is_what_its_name_says(name):
     cfg, model, lazy_cfg, lazy_model = build(name)

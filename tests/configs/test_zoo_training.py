@@ -270,6 +270,7 @@ HERE = ["dataloader.train.dataset.names=shapes_train", "dataloader.test.dataset.
         (["--config-file", "absent.py"], "absent.py"),
         (["--config-file", str(ROOT / "configs/lazy/common/zoo.py")], "defines no dataloader"),
         (["--config-file", CONFIG, "train.maxiter=3"], "max_iter"),
+        (["--config-file", CONFIG, HERE[0], "train.max_iter=3", "train.maxiter=3"], "max_iter"),
         (["--config-file", CONFIG, "train.seed=1", "--eval-only"], "before"),
         (["--config-file", CONFIG, "nothing.here=3"], "nothing.here"),
         (["--config-file", CONFIG, "train.max_iter"], "KEY=VALUE"),

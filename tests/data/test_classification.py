@@ -239,6 +239,23 @@ def test_random_resized_crop(size):
         assert min(ratios) > 0.7 and max(ratios) < 1.4
 
 
+def test_crops_are_resized_bilinearly():
+    image = np.random.default_rng(0).integers(256, size=(40, 60, 3), dtype=np.uint8)
+    cut, resize = RandomResizedCrop(24).get_transform(image).transforms
+    part = cut.apply_image(image)
+    expected = np.asarray(Image.fromarray(part).resize((24, 24), Image.BILINEAR))
+    assert np.array_equal(resize.apply_image(part), expected)
+
+
+def test_aspect_ratios_are_drawn_evenly_in_their_logarithm():
+    image, crop = np.zeros((600, 600)), RandomResizedCrop(8, (0.01, 0.011), (1 / 16, 16))
+    cuts = [crop.get_transform(image).transforms[0] for _ in range(400)]
+    logs = np.log2([cut.w / cut.h for cut in cuts])
+    # An eighth of the crops for each factor of two; drawn evenly, half were wider than 8.
+    counts, _ = np.histogram(logs, bins=np.arange(-4, 5))
+    assert counts.sum() >= 390 and counts.min() > 25 and counts.max() < 80
+
+
 def test_pad_and_crop_moves_by_up_to_the_padding():
     image = np.zeros((32, 32, 3), np.uint8)
     image[16, 16] = 255

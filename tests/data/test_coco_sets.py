@@ -15,7 +15,7 @@ from PIL import Image
 from pycocotools import mask as mask_util
 
 from wsbcn_d2.cli.predict import main as predict
-from wsbcn_d2.data import DataError, read_picture, register_coco_sets
+from wsbcn_d2.data import DataError, RangeMapper, read_picture, register_coco_sets
 from wsbcn_d2.data.checks import look, look_at, memory
 from wsbcn_d2.data.checks.masks import _unpack
 from wsbcn_d2.engine import load_config
@@ -605,6 +605,12 @@ def test_a_range_is_scaled(image_format, channels, suffix, tmp_path):
     assert all(np.array_equal(out[..., c], expected) for c in range(channels))
     with pytest.raises(DataError, match="has more than 8 bits .*set INPUT.PICTURE_RANGE"):
         read_picture(str(path), image_format)
+
+
+@pytest.mark.parametrize("limits", [[9, 0], [9], [1, 1], ["a", "b"], [True, 2]])
+def test_a_mapper_with_a_range_that_is_none_is_refused(limits):
+    with pytest.raises(DataError, match="say the values that become black and white"):
+        RangeMapper(lambda record: record, limits)
 
 
 def test_pictures_of_8_bits_are_left_alone_by_a_range(tmp_path):

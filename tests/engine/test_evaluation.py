@@ -95,6 +95,12 @@ def test_results_go_to_the_folder_asked_for(tiny_cfg, dataset, tmp_path):
     assert build_evaluator(cfg, name, str(tmp_path / "own"))._output_dir == str(tmp_path / "own")
 
 
+def test_keypoints_have_the_configs_sigmas(tiny_cfg, dataset, tmp_path):
+    cfg = tiny_cfg("OUTPUT_DIR", str(tmp_path), "TEST.KEYPOINT_OKS_SIGMAS", [0.1, 0.2])
+    assert list(build_evaluator(cfg, dataset("coco"))._kpt_oks_sigmas) == [0.1, 0.2]
+    assert list(build_evaluator(None, dataset("coco"), str(tmp_path))._kpt_oks_sigmas) == []
+
+
 def test_an_unknown_type_is_refused_with_the_valid_ones(tiny_cfg, dataset):
     with pytest.raises(ValueError, match="'test_evaluators'.*'own'.*coco, sem_seg.*lvis"):
         build_evaluator(tiny_cfg(), dataset("own"))

@@ -157,6 +157,8 @@ def test_bad_period():
         ("roi_heads.box_head.conv1.norm", "box_head"),
         ("roi_heads.mask_head.mask_fcn1.norm", "mask_head"),
         ("head.cls_subnet.1", "head"),
+        ("proposal_generator.rpn_head.conv.norm", "rpn"),
+        ("model.backbone.fpn_output5.norm", "fpn"),
     ],
 )
 def test_parts(name, part):

@@ -23,6 +23,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase
 
 from wsbcn_d2 import data
+from wsbcn_d2.checkpoint import CheckpointError
 from wsbcn_d2.checkpoint.files.opening import read_file
 from wsbcn_d2.engine import trainer
 from wsbcn_d2.files import PART_FILE
@@ -125,8 +126,38 @@ def options(output):
     ]
 
 
-def start(output, resume, *more):
-    """Forks a run; returns its process id."""
+class Dying:
+    """A file whose writer is killed by SIGKILL when it has written so many bytes."""
+
+    def __init__(self, stream, left):
+        self.stream, self.left = stream, left
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, data):
+        data = memoryview(data).cast("B")
+        if len(data) >= self.left:
+            self.stream.write(data[: self.left])
+            self.stream.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.left -= len(data)
+        return self.stream.write(data)
+
+
+def die_in_a_write(saves, size):
+    """Lets this process write so many checkpoints, and of the next one so many bytes."""
+    stock, remaining = torch.save, iter(range(saves))
+
+    def save(data, stream, **options):
+        whole = next(remaining, None) is not None
+        stock(data, stream if whole else Dying(stream, size), **options)
+
+    torch.save = save
+
+
+def start(output, resume, *more, die=None):
+    """Forks a run; returns its process id. ``die`` is what :func:`die_in_a_write` takes."""
     pid = os.fork()
     if pid:
         return pid
@@ -134,6 +165,8 @@ def start(output, resume, *more):
     try:
         torch.set_num_threads(1)
         random.seed(0)
+        if die:
+            die_in_a_write(*die)
         log = os.open(f"{output}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -194,6 +227,14 @@ def last_checkpoint(output):
     return name, digest(content["model"]), content["trainer"]["iteration"]
 
 
+def readable(path):
+    """Whether a file is a whole checkpoint."""
+    try:
+        return bool(read_file(str(path)))
+    except CheckpointError:
+        return False
+
+
 def main():
     folder, trials, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     data.register_shapes_split("killed_runs", folder, num_images=3, image_size=(64, 64))
@@ -205,26 +246,30 @@ def main():
     while len(report["trials"]) < trials:
         expected = last_checkpoint(output)
         before, now = len(starts(output)), time.time()
-        pid = start(output, resume=expected is not None)
+        trial = {"expected": expected, "die": None}
+        if randomness.random() < 0.5:  # inside a write, which is the dangerous moment
+            share, whole = randomness.uniform(0.05, 0.95), 10**6  # it has more
+            if expected is not None:
+                whole = (output / expected[0]).stat().st_size
+            trial["die"] = randomness.randint(0, 1), int(whole * share)
+            trial["whole"] = whole
+        pid = start(output, expected is not None, die=trial["die"])
         deadline = time.monotonic() + 300
         while len(starts(output)) == before:
             if os.waitpid(pid, os.WNOHANG)[0] or time.monotonic() > deadline:
                 sys.exit(f"the run did not start, see {output}.log")
             time.sleep(0.01)
-        if randomness.random() < 0.4:  # in the middle of a write, which is the dangerous moment
-            skip = randomness.randint(0, 1)
-            while skip >= 0:
-                while not writing_since(output, now) and time.monotonic() < deadline:
-                    time.sleep(0.0005)
-                skip -= 1
-                time.sleep(randomness.uniform(0, 0.05))
-        else:
-            until = time.monotonic() + randomness.uniform(0.0, 1.0)
-            while time.monotonic() < until and steps_of_last_run(output) < 2:
+        if trial["die"] is None:
+            steps = randomness.randint(0, 3)
+            while steps_of_last_run(output) < steps and time.monotonic() < deadline:
                 time.sleep(0.002)
-        os.kill(pid, signal.SIGKILL)
-        code = finish(pid)
-        trial = {"exit": code, "in_write": writing_since(output, now), "expected": expected}
+            time.sleep(randomness.uniform(0.0, 0.3))
+            os.kill(pid, signal.SIGKILL)
+        trial["exit"] = finish(pid)
+        trial["in_write"] = writing_since(output, now)
+        if trial["in_write"]:
+            trial["written"] = (output / PART_FILE).stat().st_size
+            trial["readable"] = readable(output / PART_FILE)
         began_at = starts(output)[before:]
         trial["started"] = began_at[0] if began_at else None
         trial["done"] = max(

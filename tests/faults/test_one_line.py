@@ -8,6 +8,8 @@ import torch
 from checkpoint.torchvision_names import basic_resnet
 from conftest import ROOT
 
+from wsbcn_d2.checkpoint import Options
+from wsbcn_d2.cli import convert as command
 from wsbcn_d2.cli.convert import main as convert
 from wsbcn_d2.files import PART_FILE
 
@@ -82,6 +84,32 @@ def test_converting_nonsense(name, arguments, tmp_path, capsys):
 
 def resnet18():
     return {name: torch.ones(shape) for name, shape in basic_resnet().items()}
+
+
+def test_the_options_of_convert_reach_the_converter(tmp_path, monkeypatch, capsys):
+    class Report:
+        def lines(self):
+            return ["a line", "another"]
+
+    calls = []
+    monkeypatch.setattr(command, "convert_file", lambda *args: calls.append(args) or Report())
+    every = ["--to", "resnet", "--format", "mmdet", "--norm", "BCN", "--formula", "biased"]
+    assert convert(["in.pth", "out.pth", *every]) == 0
+    assert capsys.readouterr().out.splitlines() == ["a line", "another", "written       out.pth"]
+    assert convert(["in.pth"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["a line", "another"]
+    assert calls == [
+        ("in.pth", "out.pth", Options("resnet", "mmdet", "BCN", "biased")),
+        ("in.pth", None, Options("fpn", None, None, None)),
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        convert(["--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    for text in ("names (default: fpn)", "source format", "norm that the result", "WS formula"):
+        assert text in said
+    for norm in ("GN", "BCN", "BN"):
+        assert convert(["in.pth", "--norm", norm]) == 0 and calls[-1][2].norm == norm
 
 
 def test_converting_onto_a_full_disk_or_to_nowhere(tmp_path, capsys):

@@ -335,6 +335,21 @@ def test_the_same_input_in_every_step_of_parameters_that_stay(mode, twice):
     assert_close(dict(model.named_buffers()), dict(twin.named_buffers()), rtol=0, atol=0)
 
 
+def test_a_batch_that_no_kept_run_had_gets_the_present_estimates():
+    """Two batches are one up to a hundredth of the deviations, in the sum over channels."""
+    bn, x = EstimatedBatchNorm2d(4), torch.randn(2, 4, 5, 5)
+    with torch.no_grad():
+        recomputation.remember(bn, x)
+    kept = bn.running_mean.clone(), bn.running_var.clone()
+    bn.running_mean.add_(5)
+    bn.running_var.mul_(3)
+    present = bn.running_mean, bn.running_var
+    deviation = x.std((0, 2, 3), correction=0).mean()
+    for moved, expected in ((0.0, kept), (0.008, kept), (0.013, present), (3.0, present)):
+        found = recomputation._recall(bn, x + moved * deviation)
+        assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_second_derivatives():
     model = make()
     twin = copy.deepcopy(model)

@@ -65,6 +65,7 @@ def normalized(model):
 
 
 @pytest.mark.slow
+@pytest.mark.rotated(2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_trains_a_step_and_evaluates(family):
     model = FAMILIES[family]()

@@ -48,6 +48,13 @@ def outputs(model, dtype):
     return y if isinstance(y, dict) else {"y": y}
 
 
+def test_what_is_frozen_stays_so():
+    for frozen in (True, False):
+        conv = WSConv2d(8, 8, 1, norm=BatchChannelNorm2d(8, 4)).requires_grad_(not frozen)
+        folded = fold(nn.Sequential(conv).eval())
+        assert {p.requires_grad for p in folded.parameters()} == {not frozen}
+
+
 @pytest.mark.parametrize("dtype,rtol", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("norm", ["BCN", "BatchBCN", "GN", "BN", "EstBN", "FrozenBN"])
 def test_the_same_outputs(norm, dtype, rtol):

@@ -1,6 +1,7 @@
 """The host time of the GPU path, which tools/benchmark.py measures with the launches stubbed."""
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -18,19 +19,43 @@ from wsbcn_d2.layers.kernels import triton_bcn
 from wsbcn_d2.layers.kernels import triton_launch as launch
 
 
+@contextlib.contextmanager
+def untraced():
+    """Within, coverage does not watch: it would slow our Python down, and not PyTorch's C++."""
+    trace = sys.gettrace()
+    monitoring = getattr(sys, "monitoring", None)  # Python 3.12; coverage's from 3.14 on
+    tools = [i for i in range(6) if monitoring and monitoring.get_tool(i)]
+    events = {tool: monitoring.get_events(tool) for tool in tools}
+    sys.settrace(None)
+    for tool in events:
+        monitoring.set_events(tool, 0)
+    try:
+        yield
+    finally:
+        for tool, kept in events.items():
+            monitoring.set_events(tool, kept)
+        sys.settrace(trace)
+
+
 @pytest.mark.slow
 def test_layers_cost_the_host_a_small_multiple_of_pytorchs_own(capsys):
-    """What Python takes for a layer, whose own autograd function alone is 1.2 of a GroupNorm."""
+    """What Python, autograd and the nodes in C++ take for a layer."""
     args = argparse.Namespace(
         device="cpu", cpu_time=True, warmup=2, rounds=7, amp=False, quick=False
     )
-    found = host_mode(Runner(args), args)
+    summaries = []
+    for _ in range(3):  # what else runs on the machine only adds
+        with untraced():
+            found = host_mode(Runner(args), args)
+        summaries.append({name: value["ratio"] for name, value in found["summary"].items()})
+        summary = {name: min(s[name] for s in summaries) for name in summaries[0]}
+        if summary["BCN / GroupNorm"] < 1.6 and summary["WS convolution / convolution"] < 2:
+            break
     assert [row["name"] for row in found["rows"]] == [
         "GroupNorm", "BCN", "convolution", "WS convolution"
     ]  # fmt: skip
-    summary = {name: value["ratio"] for name, value in found["summary"].items()}
-    assert 1 < summary["BCN / GroupNorm"] < 8
-    assert 1 < summary["WS convolution / convolution"] < 7
+    assert 1 < summary["BCN / GroupNorm"] < 1.6
+    assert 1 < summary["WS convolution / convolution"] < 2
     assert "BCN / GroupNorm: " in capsys.readouterr().out
 
 
@@ -45,8 +70,9 @@ def test_stubs_are_launched_directly_and_do_not_outlive_their_use(monkeypatch):
             return forms[-1]
 
         monkeypatch.setattr(launch, "code", noted)
-        for _ in range(2):
-            assert norm(x).grad_fn.name().startswith("_FusedBCN")
+        # Python launches what it has just had compiled, the nodes in C++ whatever comes after.
+        for name in ("_FusedBCNBackward", "FusedBCN", "FusedBCN"):
+            assert norm(x).grad_fn.name() == name
         monkeypatch.undo()
     assert len(forms) == 3 and all(form.run is not None for form in forms)
     assert triton_bcn._forward.cache_info().currsize == 0

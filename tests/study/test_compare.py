@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TINY
+from wsbcn_d2.engine import load_config
 from wsbcn_d2.study import find_records, write_record
 from wsbcn_d2.study.child import hardware
 
@@ -60,6 +61,26 @@ def test_a_report_from_records_of_another_machine(compare, tmp_path, monkeypatch
     said = capsys.readouterr().out
     assert "4 runs, 3 of them finished already" in said and "| gn | 1 | 10.0 ± 0.0 |" in said
     assert "bcn_1img_seed2" in (tmp_path / "here" / "report.html").read_text()  # not run yet
+
+
+def test_every_option_of_a_plan(compare, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = """
+        --variants gn bcn --seeds 4 --images-per-step 2 --max-iter 60 --evaluations 3
+        --dataset-train shapes_val --dataset-test shapes_train --monitor-period 7
+        --sweep SOLVER.BASE_LR 0.01 0.04 --output out SOLVER.WEIGHT_DECAY 0.25
+    """
+    runs = compare.plan(compare.parse(words.split()))
+    assert [run.variant for run in runs] == [
+        *("gn BASE_LR=0.01", "gn BASE_LR=0.04", "bcn BASE_LR=0.01", "bcn BASE_LR=0.04")
+    ]
+    for run, rate in zip(runs, (0.01, 0.04) * 2, strict=True):
+        cfg = load_config(run.config_file, run.overrides)
+        # Given for the config's own one image per step.
+        assert cfg.SOLVER.IMS_PER_BATCH == 2 and abs(cfg.SOLVER.BASE_LR - 2 * rate) < 1e-12
+        assert (cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD, cfg.SEED) == (30, 10, 4)
+        assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("shapes_val",), ("shapes_train",))
+        assert (cfg.MODEL.BCN.MONITOR_PERIOD, cfg.SOLVER.WEIGHT_DECAY) == (7, 0.25)
 
 
 def test_options_may_stand_in_a_file(compare, tmp_path, capsys):

@@ -99,6 +99,38 @@ def test_losses_and_channels_are_means_without_bands():
     assert not any(ax.collections for name in ("loss", "channels") for ax in figures[name].axes)
 
 
+def words(axes, what):
+    return [getattr(ax, f"get_{what}")() for ax in axes]
+
+
+def test_axes_say_what_they_show():
+    figures = make_figures(records_of({"gn": GN, "bcn_ws": (50.0,)}, images=(1, 2)))
+    axes = figures["ap_over_time"].axes
+    assert words(axes, "xlabel") == ["seconds of training steps"] * 4
+    assert words(axes, "ylabel") == ["box AP"] * 2 + ["mask AP"] * 2
+    assert words(figures["final_ap"].axes, "xlabel") == ["box AP", "mask AP"]
+    assert [ax.yaxis_inverted() for ax in figures["final_ap"].axes] == [True, True]
+    loss = figures["loss"].axes
+    assert words(loss, "title") == ["1 image per step", "2 images per step"]
+    assert words(loss, "xlabel") == ["iteration"] * 2
+    assert words(loss, "ylabel") == ["training loss", ""]
+    channels = figures["channels"].axes  # at the fewest images per step
+    assert words(channels, "title") == ["backbone", "fpn", "", ""]
+    assert words(channels, "xlabel") == ["", "", "iteration", "iteration"]
+    assert words(channels, "ylabel") == [
+        *("share of inactive channels", ""),
+        *("|mean| / std of a channel", ""),
+    ]
+    assert [len(ax.lines) for ax in channels] == [2] * 4
+    for name, figure in figures.items():
+        for ax in figure.axes:  # nothing is made to look larger than it is
+            low = ax.get_xlim()[0] if name == "final_ap" else ax.get_ylim()[0]
+            assert name == "loss" or low == 0
+        for legend in figure.legends:
+            assert [text.get_text() for text in legend.get_texts()] == ["gn", "bcn_ws"]
+        assert len(figure.legends) == (name != "final_ap")
+
+
 def test_a_seed_without_a_curve_leaves_the_others_theirs():
     records = records_of({"gn": GN[:2]})
     records[1]["ap"] = {"bbox": records[1]["ap"]["bbox"]}

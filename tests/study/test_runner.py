@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -33,6 +34,8 @@ rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exis
 start = rows[-1]["iteration"] + 1 if rows else 0
 (folder / "starts.txt").open("a").write(f"{start}\\n")
 (folder / "model_final.pth").write_text("weights")
+(folder / "last_checkpoint").write_text("model_final.pth")
+(folder / "inference").mkdir(exist_ok=True)
 for iteration in range(start + 9, 40, 10):
     if fail == "yes":
         print("Traceback ...\\nFloatingPointError: Loss became infinite or NaN")
@@ -84,7 +87,26 @@ def test_records_of_what_ran(tmp_path, command_of):
     assert (record["images_per_step"], record["max_iter"]) == (2, 40)
     assert record["versions"]["torch"]
     assert len((tmp_path / "records" / f"{runs[0].name}.json").read_bytes()) < 20_000
-    assert not list(tmp_path.rglob("*.pth"))  # a study of many runs would fill the disk
+    for name in ("*.pth", "last_checkpoint", "inference"):  # many runs would fill the disk
+        assert not list(tmp_path.rglob(name))
+
+
+def test_checkpoints_may_be_kept_and_looks_are_some_time_apart(tmp_path, command_of, monkeypatch):
+    stock, pauses = time.sleep, []
+    monkeypatch.setattr(time, "sleep", lambda seconds: (pauses.append(seconds), stock(seconds)))
+    run = make_run("a")
+    assert run_all([run], tmp_path, command_of, keep_checkpoints=True, poll_seconds=0.07) == []
+    folder = tmp_path / "runs" / run.name
+    assert all((folder / name).exists() for name in ("model_final.pth", "last_checkpoint"))
+    assert pauses and set(pauses) == {0.07}
+
+
+def test_a_last_line_that_is_no_text_is_told_all_the_same(tmp_path):
+    code = "import sys; sys.stdout.buffer.write(b'\\n \\xff broken \\n\\n'); sys.exit(3)"
+    (failure,) = run_all(
+        [make_run("a")], tmp_path, lambda *_: [sys.executable, "-c", code], poll_seconds=0.05
+    )
+    assert failure.reason == "exit code 3: \ufffd broken"
 
 
 def test_a_failing_run_is_reported_and_the_others_go_on(tmp_path, command_of):
@@ -258,3 +280,28 @@ def test_a_log_gets_few_lines(tmp_path, command_of, capsys):
     assert [line.split("_")[0] for line in done] == ["done: a", "done: b"]
     lines = [line for line in said.err.splitlines() if line.strip()]
     assert len(lines) <= 4 and "100% 160/160" in lines[-1]
+
+
+def test_runs_that_do_not_listen_are_stopped_together(tmp_path, monkeypatch):
+    """A second for all of them, not one for each."""
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', "
+    command = [sys.executable, "-c", deaf + "flush=True); time.sleep(60)"]
+    monkeypatch.setattr(runner, "_PATIENCE", 1.0)
+    runs = [make_run(name) for name in "abcd"]
+    folders = [tmp_path / "runs" / run.name for run in runs]
+    stopped = []
+
+    def stop_when_deaf():
+        while not all("deaf" in (f / "output.txt").read_text() for f in folders if f.is_dir()):
+            time.sleep(0.05)
+        stopped.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def commands(run, folder):
+        if run is runs[-1]:
+            threading.Timer(1.0, stop_when_deaf).start()
+        return command
+
+    with pytest.raises(KeyboardInterrupt):
+        run_all(runs, tmp_path, commands, jobs=4, poll_seconds=0.05)
+    assert 1.0 <= time.monotonic() - stopped[0] < 3.0

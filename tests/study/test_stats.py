@@ -85,6 +85,46 @@ def test_markdown_and_csv():
     assert {p["ap"] for p in points if p["seed"] == "3" and p["task"] == "bbox"} >= {"47.000"}
 
 
+def test_every_cell_of_the_tables():
+    measured = [(0.1, 7.0, 900), (0.4, 9.0, None), (0.3, 8.0, 700), (None, 3.0, 1000)]
+    records = [
+        make_record(
+            "a|b", 2, seed, box=50.0, step_seconds=step, train_seconds=train, memory_mb=memory
+        )
+        for seed, (step, train, memory) in zip((4, 2, 3, 1), measured, strict=True)
+    ]
+    records.append(make_record("new", 2, 1, box=1.25, step_seconds=None, memory_mb=None))
+    del records[-1]["ap"]["segm"], records[-1]["final_ap"]["segm"]
+    rows = summarize(records)
+    assert rows[0].seeds == (1, 2, 3, 4) and rows[0].max_iter == 50
+    # Medians of 0.1 0.3 0.4, of 3 7 8 9, of 700 900 1000.
+    assert (rows[0].step_seconds, rows[0].train_seconds, rows[0].memory_mb) == (0.3, 7.5, 900)
+    assert to_markdown(rows).splitlines() == [
+        "| variant | images/step | box AP | mask AP | seeds | iterations | learning rate | s/step "
+        "| training s | memory MB |",
+        "| " + " | ".join(["---"] * 10) + " |",
+        "| a\\|b | 2 | 50.0 ± 0.0 | 49.0 ± 0.0 | 4 | 50 | 0.02 | 0.300 | 8 | 900 |",
+        "| new | 2 | 1.2 | - | 1 | 50 | 0.02 | - | 20 | - |",
+    ]
+    assert summary_csv(rows).splitlines() == [
+        "variant,images_per_step,bbox_ap_mean,bbox_ap_ci95,segm_ap_mean,segm_ap_ci95,seeds,"
+        "max_iter,learning_rate,step_seconds,train_seconds,memory_mb",
+        "a|b,2,50.000,0.000,49.000,0.000,1 2 3 4,50,0.02,0.3,7.5,900",
+        "new,2,1.250,,,,1,50,0.02,,20.0,",
+    ]
+    assert runs_csv(records[-1:]).splitlines() == [
+        "variant,images_per_step,seed,task,iteration,train_seconds,ap",
+        "new,2,1,bbox,25,10.0,0.000",
+        "new,2,1,bbox,50,20.0,1.250",
+    ]
+
+
+def test_rows_are_by_images_then_in_the_order_of_their_appearance():
+    records = [make_record(v, n) for v, n in (("z", 2), ("a", 1), ("z", 1), ("a", 2))]
+    found = [(row.variant, row.images_per_step) for row in summarize(records)]
+    assert found == [("z", 1), ("a", 1), ("z", 2), ("a", 2)]
+
+
 def test_differences_are_those_of_the_variants():
     records = [
         make_record("gn", 1, 1, settings={"MODEL.FPN.NORM": "GN"}),

@@ -80,14 +80,16 @@ class _Process:
         before, self.iterations = self.iterations, max(self.iterations, self._read_iterations())
         return (self.iterations - before) * self.run.images_per_step
 
-    def stop(self) -> None:
+    def ask_to_stop(self) -> None:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGTERM)
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
+
+    def stop(self, deadline: float) -> None:
+        try:
+            self.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
         self.lock.close()
 
     def reason(self) -> str:
@@ -134,14 +136,14 @@ def run_all(
         if isinstance(ended, Failure):
             failures.append(ended)
             tqdm.write(f"failed: {run.name}: {ended.reason} (see {ended.log})")
-            return
-        on_record(ended)
-        figures = ", ".join(f"{k} AP {v:.1f}" for k, v in ended["final_ap"].items())
-        tqdm.write(f"done: {run.name}: {figures}")
+        else:
+            on_record(ended)
+            figures = ", ".join(f"{k} AP {v:.1f}" for k, v in ended["final_ap"].items())
+            tqdm.write(f"done: {run.name}: {figures}")
 
     total = sum(run.max_iter * run.images_per_step for run in runs)
     bar = progress(total=total, desc="images", unit="img", smoothing=0.05, disable=not runs)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while waiting or active:
             while waiting and len(active) < jobs:
@@ -158,9 +160,7 @@ def run_all(
                 if item.process.poll() is None:
                     continue
                 active.remove(item)
-                ended = _finish(item, root, repeat_of(item.run), threads)
-                if not isinstance(ended, Failure) and not keep_checkpoints:
-                    _remove_checkpoints(item.folder)
+                ended = _finish(item, root, repeat_of(item.run), threads, keep_checkpoints)
                 item.lock.close()
                 settle(item.run, ended)
             # Without a refresh, which would print a line each time where there is no terminal.
@@ -168,14 +168,13 @@ def run_all(
             bar.set_postfix_str(left, refresh=False)
     finally:
         for item in active:
-            item.stop()
+            item.ask_to_stop()
+        deadline = time.monotonic() + _PATIENCE
+        for item in active:
+            item.stop(deadline)
         signal.signal(signal.SIGTERM, previous)
         bar.close()
     return failures
-
-
-def _interrupt(signum, frame):
-    raise KeyboardInterrupt
 
 
 def _start(run: Run, root: Path, command_of, env: dict[str, str]) -> _Process | dict | Failure:
@@ -193,7 +192,7 @@ def _start(run: Run, root: Path, command_of, env: dict[str, str]) -> _Process | 
     return _Process(run, folder, command_of(run, folder), env, lock)
 
 
-def _finish(item: _Process, root: Path, repeat: str, threads: int) -> dict | Failure:
+def _finish(item: _Process, root: Path, repeat: str, threads: int, keep: bool) -> dict | Failure:
     if item.process.returncode:
         return Failure(item.run, item.reason(), str(item.log))
     try:
@@ -201,10 +200,8 @@ def _finish(item: _Process, root: Path, repeat: str, threads: int) -> dict | Fai
     except (OSError, ValueError, KeyError) as error:
         return Failure(item.run, f"no result: {error}", str(item.log))
     write_record(record, root / "records" / f"{item.run.name}.json")
+    if not keep:
+        for path in [*item.folder.glob("model_*.pth"), item.folder / "last_checkpoint"]:
+            path.unlink(missing_ok=True)
+        shutil.rmtree(item.folder / "inference", ignore_errors=True)
     return record
-
-
-def _remove_checkpoints(folder: Path) -> None:
-    for path in [*folder.glob("model_*.pth"), folder / "last_checkpoint"]:
-        path.unlink(missing_ok=True)
-    shutil.rmtree(folder / "inference", ignore_errors=True)

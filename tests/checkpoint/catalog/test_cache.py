@@ -2,12 +2,11 @@
 
 import contextlib
 import hashlib
+import multiprocessing
 import os
 import signal
 import socket
 import stat
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 
 from wsbcn_d2.checkpoint import CheckpointError, WSBCNCheckpointer, fetch
 from wsbcn_d2.checkpoint.catalog import fetching, transfer
+from wsbcn_d2.checkpoint.catalog.entries import Entry
 from wsbcn_d2.files import PART_FILE, locked
 
 from ..test_checkpointer import model
@@ -194,16 +194,11 @@ def test_a_full_disk(one, cache, server):
     assert fetch(NAME)
 
 
-CHILD = """
-import sys
-from wsbcn_d2.checkpoint import fetch
-from wsbcn_d2.checkpoint.catalog import fetching
-from wsbcn_d2.checkpoint.catalog.entries import Entry
-from wsbcn_d2.checkpoint.metadata import IMAGENET_RGB
-fetching.CATALOG["ImageNetPretrained/test"] = Entry(
-    "ImageNetPretrained/test", (sys.argv[1],), "GN", "unbiased_std", IMAGENET_RGB, "", "")
-print(fetch("ImageNetPretrained/test"))
-"""
+def fetch_from(url, found):
+    """In a process of its own."""
+    values = vars(fetching.CATALOG["ImageNetPretrained/R-50-GN-WS"])
+    fetching.CATALOG[NAME] = Entry(**{**values, "name": NAME, "urls": (url,)})
+    found.put(fetch(NAME))
 
 
 @pytest.mark.slow
@@ -217,20 +212,26 @@ def test_concurrent_processes_and_a_killed_one(server, cache, good):
         time.sleep(20)
 
     listening, url = raw_server(answer)
-    command = [sys.executable, "-c", CHILD]
+    fork = multiprocessing.get_context("fork")
+    found = fork.SimpleQueue()
     with listening:
-        killed = subprocess.Popen([*command, url])
+        killed = fork.Process(target=fetch_from, args=(url, found))
+        killed.start()
         assert half.wait(60)
         time.sleep(0.5)
-        killed.send_signal(signal.SIGKILL)
-        killed.wait(10)
+        killed.kill()
+        killed.join(10)
+    assert killed.exitcode == -signal.SIGKILL
     assert not any(name.endswith(".pth") for name in leftovers(cache))
     server.answers["/r18.pth"] = (200, {}, good)
-    children = [
-        subprocess.Popen([*command, f"{server.url}/r18.pth"], stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    paths = {child.communicate(timeout=120)[0].strip().splitlines()[-1] for child in children}
+    url = f"{server.url}/r18.pth"
+    children = [fork.Process(target=fetch_from, args=(url, found)) for _ in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+        assert child.exitcode == 0
+    paths = {found.get() for _ in children}
     assert len(paths) == 1 and Path(paths.pop()).read_bytes() == good
     assert server.log == ["/r18.pth"] and len(leftovers(cache)) == 1
 

@@ -58,6 +58,7 @@ def shapes(cfg):
     yield from src.head_entries(src.mmdet_heads(2), cfg.MODEL.MASK_ON)
 
 
+@pytest.mark.rotated(3)
 @pytest.mark.parametrize("name", LEAVES)
 def test_each_config_fits_its_checkpoint(name):
     cfg = config(name)

@@ -52,6 +52,7 @@ def load(net, converted, norm=None):
 
 
 @pytest.mark.slow
+@pytest.mark.rotated(2)
 @pytest.mark.parametrize("name", NETS)
 def test_features_equal_the_sources(name):
     net = NETS[name]

@@ -99,6 +99,7 @@ def step(x, dy, groups, p, rate, limit, y_type=None, bn_eps=1e-5, eps=1e-5):
     return saved
 
 
+@pytest.mark.rotated(2)
 @pytest.mark.parametrize("layout", [CONTIGUOUS, LAST])
 @pytest.mark.parametrize("shape,groups", SHAPES)
 def test_values_gradients_and_estimates(shape, groups, layout):
@@ -111,6 +112,7 @@ def test_values_gradients_and_estimates(shape, groups, layout):
         step(x, dy, groups, p, rate, 1e-11, bn_eps=10 * eps, eps=eps)
 
 
+@pytest.mark.rotated(2)
 @pytest.mark.parametrize("layout", [CONTIGUOUS, LAST])
 @pytest.mark.parametrize(
     "x_type,y_type",

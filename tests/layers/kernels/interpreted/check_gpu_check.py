@@ -63,12 +63,33 @@ def test_a_kernel_that_is_wrong_is_found(monkeypatch):
             gpu_checks.bcn_kernels("cpu", gpu_checks.SMALL)
 
 
+# A few times what rounding explains, for each type.
+TOO_MUCH = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 0.2, torch.float64: 1e-9}
+
+
+@pytest.mark.parametrize("dtype", gpu_checks.LIMITS)
+def test_each_type_has_a_limit_of_its_own(dtype, monkeypatch):
+    monkeypatch.setattr(gpu_checks, "LIMITS", {dtype: gpu_checks.LIMITS[dtype]})
+    factor = 1 + TOO_MUCH[dtype]
+    monkeypatch.setattr(triton_bcn, "bcn_forward", wrong(triton_bcn.bcn_forward, factor))
+    with pytest.raises(AssertionError, match="allowed"):
+        gpu_checks.bcn_kernels("cpu", gpu_checks.SMALL[:1])
+
+
+@pytest.mark.parametrize("amp", gpu_checks.GRADIENT_LIMITS)
+def test_gradients_that_are_twice_too_large_are_found(amp, monkeypatch):
+    monkeypatch.setattr(triton_bcn, "bcn_backward", wrong(triton_bcn.bcn_backward, 2))
+    with pytest.raises(AssertionError, match="step 0, gradients"):
+        gpu_checks.training("cpu", steps=1, width=8, size=9, amp=amp)
+
+
 def test_the_page(tmp_path, monkeypatch, capsys):
     def bad(device):
         raise AssertionError("x | y:\nerror 1")
 
     checks = {"good": lambda d: "fine", "bad": bad, "left": lambda d: "not run: one GPU"}
     monkeypatch.setattr(gpu_report, "CHECKS", checks)
+    monkeypatch.setattr(gpu_report, "apart", lambda name, deadline: checks[name]("cuda"))
     monkeypatch.setattr(gpu_report, "about", lambda: ["a card"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     output = tmp_path / "page.md"
@@ -97,6 +118,15 @@ def test_other_programs():
     with pytest.raises(AssertionError, match="^c$"):
         gpu_report.command([*say, "3"], later, lambda line: True)
     assert "out of time" in gpu_report.command([*say, "0"], later - 59, lambda line: True)
+
+
+def test_a_check_apart(monkeypatch):
+    """Its process finds no GPU here, and says so in its last line."""
+    with pytest.raises(AssertionError, match="PyTorch finds no GPU"):
+        gpu_report.apart("WS against float64", gpu_report.time.monotonic() + 60)
+    monkeypatch.setattr(gpu_report, "CHECKS", {"one": lambda device: f"on {device}"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpu_report.main(["--check", "one"]) == 0
 
 
 def test_without_a_gpu_it_says_so(capsys):
