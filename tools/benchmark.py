@@ -19,7 +19,6 @@ the forward pass, for backward; process is by how much the process grows (Linux)
 import argparse
 import json
 import os
-import platform
 import sys
 
 import torch
@@ -27,6 +26,8 @@ from benchmarks.host import host_mode
 from benchmarks.layers import layer_mode, ws_mode
 from benchmarks.runner import Runner
 from benchmarks.steps import monitor_mode, step_mode
+
+from wsbcn_d2.study.child import hardware
 
 MODES = {
     "host": host_mode,
@@ -86,23 +87,6 @@ def parse(argv) -> argparse.Namespace:
     return args
 
 
-def hardware(args: argparse.Namespace) -> dict:
-    """What the numbers were measured on."""
-    name = platform.processor() or platform.machine()
-    if args.device == "cuda":
-        name = torch.cuda.get_device_name()
-    elif os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            models = [line.split(":")[1].strip() for line in file if "model name" in line]
-        name = models[0] if models else name
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "load": os.getloadavg()[0],
-    }
-
-
 def main(argv=None) -> int:
     """Runs the tool; returns the exit status."""
     args = parse(argv)
@@ -111,7 +95,12 @@ def main(argv=None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    about = hardware(args)
+    about = {
+        "device": hardware(args.device == "cuda"),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "load": os.getloadavg()[0],
+    }
     print(" ".join(f"{key}={value}" for key, value in about.items()))
     result = MODES[args.mode](Runner(args), args)
     if args.output:

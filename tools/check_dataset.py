@@ -11,11 +11,13 @@ there is one. Training looks at its sets in the same way.
 import argparse
 import sys
 
-from wsbcn_d2.data import DataError
+from wsbcn_d2.config import refusing
 from wsbcn_d2.data.checks import look_at, summarize
 from wsbcn_d2.data.drawing import draw_some
+from wsbcn_d2.engine.processes import one_line_errors
 
 
+@one_line_errors
 def cli() -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -49,15 +51,11 @@ def cli() -> int:
         print(f"error: {fault}", file=sys.stderr)
     if faults:
         return 2
-    if args.draw:
-        try:
-            for path in draw_some(
-                args.json, args.pictures, args.draw, args.count, args.picture_range
-            ):
-                print(path)
-        except (DataError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+    if not args.draw:
+        return 0
+    with refusing("", OSError):
+        paths = draw_some(args.json, args.pictures, args.draw, args.count, args.picture_range)
+        print("\n".join(map(str, paths)))
     return 0
 
 

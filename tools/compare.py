@@ -45,7 +45,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from wsbcn_d2.engine import UsageError, check_config, load_config
+from wsbcn_d2.config import UsageError, load_config, refusing
+from wsbcn_d2.engine import check_config
+from wsbcn_d2.engine.processes import one_line_errors
 from wsbcn_d2.study import find_records, make_plan, matching, run_all, write_report
 from wsbcn_d2.study.plan import label_configs
 from wsbcn_d2.study.runner import child_command, repeat_command
@@ -148,11 +150,8 @@ def relative(path):
 
 def check(runs):
     """Refuse what cannot run before anything is started; one seed stands for all."""
-    seen = set()
-    for run in runs:
-        if (run.variant, run.images_per_step) not in seen:
-            seen.add((run.variant, run.images_per_step))
-            check_config(load_config(run.config_file, run.overrides))
+    for run in {(run.variant, run.images_per_step): run for run in runs}.values():
+        check_config(load_config(run.config_file, run.overrides))
 
 
 def recorded_runs(args):
@@ -194,29 +193,26 @@ def study(args, command):
     missing = [f"{name}: {reasons.get(name, 'not run yet')}" for name in without]
     if not finished:
         raise UsageError(f"no run has finished; see the output.txt of each run in {root / 'runs'}")
-    try:
+    with refusing("--strip: ", ValueError):
         path = write_report(
             finished, root, title=args.title, command=command, missing=missing, strip=args.strip
         )
-    except ValueError as error:
-        raise UsageError(f"--strip: {error}") from error
     print("\n" + (root / "results.md").read_text())
     print(f"report  {path}\ntables  {root / 'results.csv'}, {root / 'runs.csv'}")
     return 1 if failures else 0
 
 
+@one_line_errors
 def main(argv=None) -> int:
     """Runs the tool; returns the exit status: 0, 1 (some runs failed), 2 (wrong input)."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     sys.path.insert(0, os.getcwd())
     try:
-        for name in args.modules:
-            importlib.import_module(name)
+        with refusing("", ImportError):
+            for name in args.modules:
+                importlib.import_module(name)
         return study(args, "python tools/compare.py " + shlex.join(argv))
-    except (UsageError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130

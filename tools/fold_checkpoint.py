@@ -22,8 +22,7 @@ from detectron2.modeling import build_model
 from wsbcn_d2 import fold
 from wsbcn_d2.checkpoint import WSBCNCheckpointer
 from wsbcn_d2.checkpoint.saving import save
-from wsbcn_d2.config import one_line
-from wsbcn_d2.engine import UsageError, load_config
+from wsbcn_d2.config import load_config, refusing
 from wsbcn_d2.engine.processes import one_line_errors
 from wsbcn_d2.engine.trainer import expectation
 from wsbcn_d2.folding import lazy_state_dict, stock_state_dict
@@ -50,15 +49,12 @@ def main(argv=None) -> None:
     if os.path.abspath(args.output) == os.path.abspath(args.weights):
         parser.error("--output would overwrite --weights")
     cfg = load_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
-    try:
+    wrong = (KeyError, ValueError, AssertionError, AttributeError, TypeError)
+    with refusing("the model cannot be built: ", *wrong):
         model = build_model(cfg)
-    except (KeyError, ValueError, AssertionError, AttributeError, TypeError) as error:
-        raise UsageError(f"the model cannot be built: {one_line(error)}") from error
     WSBCNCheckpointer(model, expected=expectation(cfg, model)).load(args.weights)
-    try:
+    with refusing(f"{args.weights}: ", ValueError):
         state = _LAYOUTS[args.layout](model)
-    except ValueError as error:
-        raise UsageError(f"{args.weights}: {error}") from error
     save({"model": state, "__author__": "wsbcn_d2"}, args.output)
     print(f"written {args.output}: {len(state)} tensors, layout {args.layout}")
 

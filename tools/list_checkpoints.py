@@ -4,22 +4,10 @@
 import argparse
 import sys
 
+from tabulate import tabulate
+
 from wsbcn_d2.checkpoint.catalog.entries import CATALOG, PREFIX
 from wsbcn_d2.checkpoint.catalog.fetching import OFFLINE_VARIABLE
-
-
-def table() -> list[str]:
-    """Returns the catalog as lines of a table."""
-    rows = [("name", "norm", "WS formula", "input", "licence", "reported")]
-    rows += [
-        (f"{PREFIX}{e.name}", e.norm, e.formula, e.pixels.input_format, e.licence, e.score)
-        for e in CATALOG.values()
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
 
 
 def main(argv=None) -> int:
@@ -30,7 +18,12 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--urls", action="store_true", help="also print where the files are")
     args = parser.parse_args(argv)
-    print("\n".join(table()))
+    rows = [
+        (f"{PREFIX}{e.name}", e.norm, e.formula, e.pixels.input_format, e.licence, e.score)
+        for e in CATALOG.values()
+    ]
+    head = ("name", "norm", "WS formula", "input", "licence", "reported")
+    print(tabulate(rows, head, tablefmt="plain", disable_numparse=True))
     if args.urls:
         for entry in CATALOG.values():
             print("\n".join([f"\n{PREFIX}{entry.name}", *(f"  {url}" for url in entry.urls)]))

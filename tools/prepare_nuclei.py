@@ -17,12 +17,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from wsbcn_d2.data import DataError, default_root
+from wsbcn_d2.config import refusing
+from wsbcn_d2.data import default_root
 from wsbcn_d2.data.mask_folders import prepare_mask_folders
+from wsbcn_d2.engine.processes import one_line_errors
 
 
-def main(argv=None) -> int:
-    """Runs the tool; returns the exit status: 0, or 2 (wrong input, nothing is left)."""
+@one_line_errors
+def main(argv=None) -> None:
+    """Runs the tool; the exit status is 0, or 2 (wrong input, nothing is left)."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -34,7 +37,7 @@ def main(argv=None) -> int:
     parser.add_argument("--root", help="in place of $DETECTRON2_DATASETS")
     args = parser.parse_args(argv)
     target = (Path(args.root) if args.root else default_root()) / args.name
-    try:
+    with refusing("", OSError, UnicodeDecodeError):  # TimeoutError is an OSError
         names = Path(args.val_names).read_text().split("\n") if args.val_names else None
         counts = prepare_mask_folders(
             args.source,
@@ -43,14 +46,10 @@ def main(argv=None) -> int:
             val_share=args.val,
             val_names=[name.strip() for name in names if name.strip()] if names else None,
         )
-    except (DataError, OSError, UnicodeDecodeError) as error:  # TimeoutError is an OSError
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     print(f"written {target}")
     for split, count in counts.items():
         empty = f"; {count['empty']} empty masks left out" if count["empty"] else ""
         print(f"{split}: {count['images']} pictures, {count['objects']} objects{empty}")
-    return 0
 
 
 if __name__ == "__main__":

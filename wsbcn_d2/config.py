@@ -1,6 +1,7 @@
 """Config keys of this project, all in nodes of its own, and the reading of YAML configs."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from detectron2.config import CfgNode
@@ -11,7 +12,15 @@ from .data import register_coco_sets
 from .layers import DEFAULT_UPDATE_RATE
 from .safe_yaml import SafeCfgNode
 
-__all__ = ["UsageError", "add_wsbcn_config", "get_cfg", "load_config", "one_line"]
+__all__ = [
+    "UsageError",
+    "add_wsbcn_config",
+    "check_file",
+    "get_cfg",
+    "load_config",
+    "one_line",
+    "refusing",
+]
 
 
 def add_wsbcn_config(cfg: CfgNode) -> None:
@@ -123,6 +132,25 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(text).split()) or type(error).__name__
 
 
+@contextlib.contextmanager
+def refusing(what: str, *kinds: type[Exception], mend: str = "") -> Iterator[None]:
+    """Turn errors of some kinds into a :class:`UsageError` of one line: what, why, the mend."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except kinds as error:
+        raise UsageError(f"{what}{one_line(error)}{mend}") from error
+
+
+def check_file(config_file: str) -> None:
+    """Refuse the name of a config file that is empty or of none."""
+    if not config_file:
+        raise UsageError("no config given: say --config-file FILE")
+    if not PathManager.isfile(config_file):
+        raise UsageError(f"config file {config_file!r} not found: check --config-file")
+
+
 def load_config(config_file: str, opts: Iterable[str] = ()) -> CfgNode:
     """Read a YAML config over this project's defaults.
 
@@ -140,22 +168,14 @@ def load_config(config_file: str, opts: Iterable[str] = ()) -> CfgNode:
         UsageError: for a missing file, broken YAML, an unknown key or a value of a wrong type.
         DataError: for an entry of ``DATASETS.COCO_SETS`` that is no data set.
     """
-    if not config_file:
-        raise UsageError("no config given: say --config-file FILE")
-    if not PathManager.isfile(config_file):
-        raise UsageError(f"config file {config_file!r} not found: check --config-file")
+    check_file(config_file)
     cfg = get_cfg()
-    try:
+    wrong = (KeyError, ValueError, AssertionError)
+    with refusing(f"config file {config_file!r}: ", *wrong, TypeError, OSError):
         cfg.merge_from_file(config_file)
-    except (KeyError, ValueError, TypeError, AssertionError, OSError) as error:
-        raise UsageError(f"config file {config_file!r}: {one_line(error)}") from error
-    try:
+    mend = "; overrides are KEY VALUE pairs of keys that the config has"
+    with refusing("command-line override: ", *wrong, mend=mend):
         cfg.merge_from_list(list(opts))
-    except (KeyError, ValueError, AssertionError) as error:
-        raise UsageError(
-            f"command-line override: {one_line(error)}; overrides are KEY VALUE pairs of keys "
-            "that the config has"
-        ) from error
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     register_coco_sets(cfg.DATASETS.COCO_SETS)

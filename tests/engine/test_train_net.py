@@ -19,6 +19,7 @@ from torch.testing import assert_close
 
 from wsbcn_d2 import EstimatedBatchNorm2d
 from wsbcn_d2.engine import EstimateSync, Trainer, UpdateRateSchedule, load_config
+from wsbcn_d2.engine.trainer import train_net as one_process
 
 CONFIG = str(ROOT / "configs" / "shapes" / "mask_rcnn_R_18_FPN_bcn_ws.yaml")
 STEPS = 3
@@ -57,7 +58,7 @@ def lines_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
 
 
-def test_train_then_evaluate_the_same(command, train_net, tiny_options, tmp_path, capsys):
+def test_train_then_evaluate_the_same(command, tiny_options, tmp_path, capsys):
     output = tmp_path / "output"
     rate = ("MODEL.BCN.UPDATE_RATE", "0.5", "MODEL.BCN.UPDATE_RATE_SCHEDULE", "lr")
     assert command(*rate, "SOLVER.BASE_LR", "0.01") == 0
@@ -87,7 +88,7 @@ def test_train_then_evaluate_the_same(command, train_net, tiny_options, tmp_path
     again = tmp_path / "again"
     argv = ["--config-file", CONFIG, "--eval-only", *tiny_options]
     argv += ["OUTPUT_DIR", str(again), "MODEL.WEIGHTS", str(output / "model_final.pth")]
-    results = train_net.train_net(default_argument_parser().parse_args(argv))
+    results = one_process(default_argument_parser().parse_args(argv))
     results_file = again / "inference" / "coco_instances_results.json"
     assert json.loads(results_file.read_text()) == predictions
     for task in ("bbox", "segm"):

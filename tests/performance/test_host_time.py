@@ -39,7 +39,7 @@ def untraced():
 
 @pytest.mark.slow
 def test_layers_cost_the_host_a_small_multiple_of_pytorchs_own(capsys):
-    """What Python takes for a layer, whose own autograd function alone is 1.2 of a GroupNorm."""
+    """What Python, autograd and the nodes in C++ take for a layer."""
     args = argparse.Namespace(
         device="cpu", cpu_time=True, warmup=2, rounds=7, amp=False, quick=False
     )
@@ -49,13 +49,13 @@ def test_layers_cost_the_host_a_small_multiple_of_pytorchs_own(capsys):
             found = host_mode(Runner(args), args)
         summaries.append({name: value["ratio"] for name, value in found["summary"].items()})
         summary = {name: min(s[name] for s in summaries) for name in summaries[0]}
-        if summary["BCN / GroupNorm"] < 4 and summary["WS convolution / convolution"] < 3.5:
+        if summary["BCN / GroupNorm"] < 1.6 and summary["WS convolution / convolution"] < 2:
             break
     assert [row["name"] for row in found["rows"]] == [
         "GroupNorm", "BCN", "convolution", "WS convolution"
     ]  # fmt: skip
-    assert 1 < summary["BCN / GroupNorm"] < 4
-    assert 1 < summary["WS convolution / convolution"] < 3.5
+    assert 1 < summary["BCN / GroupNorm"] < 1.6
+    assert 1 < summary["WS convolution / convolution"] < 2
     assert "BCN / GroupNorm: " in capsys.readouterr().out
 
 
@@ -70,8 +70,9 @@ def test_stubs_are_launched_directly_and_do_not_outlive_their_use(monkeypatch):
             return forms[-1]
 
         monkeypatch.setattr(launch, "code", noted)
-        for _ in range(2):
-            assert norm(x).grad_fn.name().startswith("_FusedBCN")
+        # Python launches what it has just had compiled, the nodes in C++ whatever comes after.
+        for name in ("_FusedBCNBackward", "FusedBCN", "FusedBCN"):
+            assert norm(x).grad_fn.name() == name
         monkeypatch.undo()
     assert len(forms) == 3 and all(form.run is not None for form in forms)
     assert triton_bcn._forward.cache_info().currsize == 0

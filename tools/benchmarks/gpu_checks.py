@@ -15,12 +15,13 @@ from torch import nn
 from wsbcn_d2 import BatchChannelNorm2d, WSConv2d, standardize_weight
 from wsbcn_d2.layers import WS_FORMULAS
 from wsbcn_d2.layers.kernels import dispatch
+from wsbcn_d2.layers.kernels.triton_nodes import nodes
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 # Largest error allowed, relative to the largest value.
 LIMITS = {torch.float32: 5e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float64: 1e-10}
 # Of all gradients of a model, relative to their norm; under autocast every layer rounds.
-GRADIENT_LIMITS = {None: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.4}
+GRADIENT_LIMITS = {None: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.4}
 # N, C, H, W, groups: stem, unaligned rows, RoI maps, one pixel, one group, many samples.
 SHAPES = [
     (1, 64, 400, 608, 32), (2, 256, 100, 152, 32), (2, 2048, 25, 38, 32), (512, 256, 7, 7, 32),
@@ -66,20 +67,22 @@ def step(module: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> list[torch.Ten
     return [y, x.grad, *grads, *[b.clone() for b in module.buffers()]]
 
 
-def bcn_kernels(device: str, shapes=SHAPES) -> str:
+def bcn_kernels(device: str, shapes=SHAPES, every_type: bool = True) -> str:
     """BCN in every type and layout, training and evaluation, against float64."""
     worst = {}
-    for number, (n, c, h, w, groups) in enumerate(shapes):
+    for n, c, h, w, groups in shapes:
         for layout in LAYOUTS:
-            # Every type is another six kernels to compile: all of them for some shapes.
-            for dtype in LIMITS if number % 3 == 0 else [torch.float32]:
+            # Every type is another six kernels to compile.
+            for dtype in LIMITS if every_type else [torch.float32]:
                 wide = torch.float64 if dtype == torch.float64 else torch.float32
                 norm = BatchChannelNorm2d(c, groups, update_rate=0.3).to(device, wide)
                 for parameter in norm.parameters():
                     nn.init.normal_(parameter, 1.0, 0.3)
-                for i in range(3):  # first batch, next batch, evaluation
-                    norm.train(i < 2)
-                    exact = copy.deepcopy(norm).double()
+                # First batch, two more, evaluation twice: the first of a kind is launched by
+                # Python, which compiles it, later ones by the nodes in C++ where there are any.
+                for i in range(5):
+                    norm.train(i < 3)
+                    exact, same = copy.deepcopy(norm).double(), copy.deepcopy(norm)
                     x = torch.randn(n, c, h, w, device=device).mul(1 + i).add(i).to(dtype)
                     x = x.contiguous(memory_format=layout)
                     dy = torch.randn_like(x)
@@ -91,9 +94,15 @@ def bcn_kernels(device: str, shapes=SHAPES) -> str:
                         found = step(norm, x, dy)
                     with backend("off"):
                         wanted = step(exact, x.double(), dy.double())
-                    assert found[0].dtype == dtype and found[0].stride() == x.stride()
+                        own = max(map(error, step(same, x, dy), wanted))
+                    later = device != "cpu" and nodes() is not None and i in (1, 2, 4)
+                    name = found[0].grad_fn.name()
+                    assert name == "FusedBCN" or not later, f"launched by Python's {name}"
+                    assert found[0].dtype == dtype and found[0].stride() == x.stride(), "layout"
                     value = max(map(error, found, wanted))
-                    hold(value, LIMITS[dtype], f"{(n, c, h, w)} {dtype} {layout}")
+                    # Two numbers a group may lie as close together as rounding lets them.
+                    allowed = max(LIMITS[dtype], 3 * own)
+                    hold(value, allowed, f"{(n, c, h, w)} {dtype} {layout}")
                     worst[dtype] = max(worst.get(dtype, 0.0), value)
     return ", ".join(f"{str(dtype)[6:]} {value:.0e}" for dtype, value in worst.items())
 
@@ -108,24 +117,29 @@ def ws_kernels(device: str, shapes=WEIGHTS) -> str:
                     weight = torch.randn(shape, device=device).mul(0.1).add(0.02).to(dtype)
                     weight = weight.contiguous(memory_format=layout).requires_grad_()
                     dy, exact = torch.randn_like(weight), weight.detach().double().requires_grad_()
-                    with backend("triton"):
-                        out = standardize_weight(weight, formula=formula)
-                        (found,) = torch.autograd.grad(out, weight, dy)
                     with backend("off"):
                         wanted = standardize_weight(exact, formula=formula)
                         (gradient,) = torch.autograd.grad(wanted, exact, dy.double())
-                    value = max(error(out, wanted), error(found, gradient))
-                    hold(value, LIMITS[dtype], f"{shape} {formula} {dtype} {layout}")
-                    worst[dtype] = max(worst.get(dtype, 0.0), value)
+                    for _ in range(2):  # by Python, by the nodes in C++
+                        with backend("triton"):
+                            out = standardize_weight(weight, formula=formula)
+                            (found,) = torch.autograd.grad(out, weight, dy)
+                        value = max(error(out, wanted), error(found, gradient))
+                        hold(value, LIMITS[dtype], f"{shape} {formula} {dtype} {layout}")
+                        worst[dtype] = max(worst.get(dtype, 0.0), value)
+                    later = device != "cpu" and nodes() is not None
+                    name = out.grad_fn.name()
+                    assert name == "FusedWS" or not later, f"launched by Python's {name}"
     return ", ".join(f"{str(dtype)[6:]} {value:.0e}" for dtype, value in worst.items())
 
 
 def model_of(width: int) -> nn.Sequential:
-    """Three convolutions with WS and BCN and a classifier."""
+    """Three convolutions with WS and BCN and a classifier; smooth, since rounding at the kink of a
+    ReLU moves a gradient by far more than rounding does elsewhere."""
     layers = [nn.Conv2d(3, width, 3, bias=False)]
     for _ in range(3):
         norm = BatchChannelNorm2d(width, 4, update_rate=0.1)
-        layers += [WSConv2d(width, width, 3, padding=1, bias=False, norm=norm), nn.ReLU()]
+        layers += [WSConv2d(width, width, 3, padding=1, bias=False, norm=norm), nn.SiLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
 
 
@@ -203,8 +217,13 @@ def other_device(device: str) -> str:
 
 
 CHECKS: dict[str, Callable[[str], str]] = {
-    "BCN kernels against float64": bcn_kernels,
-    "WS kernels against float64": ws_kernels,
+    **{
+        "BCN against float64, {}x{}x{}x{}, {} groups".format(*shape): (
+            lambda d, i=i, shape=shape: bcn_kernels(d, [shape], every_type=i % 3 == 0)
+        )
+        for i, shape in enumerate(SHAPES)
+    },
+    "WS against float64": ws_kernels,
     "training, float32": training,
     "training, channels_last": lambda d: training(d, layout=LAYOUTS[1], steps=50),
     "training, AMP float16": lambda d: training(d, torch.float16, steps=50),

@@ -25,11 +25,12 @@ _DEPTH, _CHANNELS = 20, 64
 @contextlib.contextmanager
 def launches_stubbed():
     """Within, the layers run on CPU tensors what they run on a GPU, but nothing is launched."""
-    from wsbcn_d2.layers.kernels import triton_bcn, triton_ws
+    from wsbcn_d2.layers.kernels import triton_bcn, triton_nodes, triton_ws
     from wsbcn_d2.layers.kernels import triton_launch as launch
 
     def stub(code, programs, aligned, args):
         code.run = lambda *args: None  # the direct way from here on
+        code.plain = 0, 0, 0
 
     with (
         mock.patch.dict(os.environ, {"WSBCN_FUSED": "triton"}),
@@ -43,6 +44,8 @@ def launches_stubbed():
     # What was prepared launches nothing.
     for kept in (launch.code, triton_bcn._forward, triton_bcn._backward, triton_ws._plan):
         kept.cache_clear()
+    if triton_nodes.nodes() is not None:
+        triton_nodes.nodes().forget()
 
 
 def host_mode(runner: Runner, args) -> dict:
@@ -63,9 +66,11 @@ def host_mode(runner: Runner, args) -> dict:
         for _ in range(1 if args.quick else 20):
             chain(x).backward(dy)
 
+    torch.set_flush_denormal(True)  # which memory that no kernel has written may hold
     with launches_stubbed():
         chains = {n: nn.Sequential(*[f() for _ in range(_DEPTH)]) for n, f in makers.items()}
         times = runner.rounds({n: lambda c=c: run(c) for n, c in chains.items()})
+    torch.set_flush_denormal(False)
     scale = 1e6 / _DEPTH / (1 if args.quick else 20)
     rows = [{"name": n, "us": t.median * scale, "iqr": t.iqr * scale} for n, t in times.items()]
     print(f"one of {_DEPTH} layers in a chain, forward + backward, launches stubbed")

@@ -14,19 +14,17 @@ from tabulate import tabulate
 
 from wsbcn_d2.engine import UsageError, load_config
 from wsbcn_d2.engine.curves import plot_curves, read_metrics
+from wsbcn_d2.engine.processes import one_line_errors
 from wsbcn_d2.predictor import draw_predictions
 
 
-def main() -> int:
+@one_line_errors
+def main() -> None:
     args = default_argument_parser().parse_args()
-    try:
-        cfg = load_config(args.config_file, args.opts)
-        output = Path(cfg.OUTPUT_DIR)
-        if not (output / "model_final.pth").is_file():
-            raise UsageError(f"{output} holds no model_final.pth: train first, tools/train_net.py")
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    cfg = load_config(args.config_file, args.opts)
+    output = Path(cfg.OUTPUT_DIR)
+    if not (output / "model_final.pth").is_file():
+        raise UsageError(f"{output} holds no model_final.pth: train first, tools/train_net.py")
     cfg.defrost()
     cfg.MODEL.WEIGHTS = str(output / "model_final.pth")
     metrics = read_metrics(str(output / "metrics.json"))
@@ -43,7 +41,6 @@ def main() -> int:
     print(f"curves      {curves}")
     print(f"pictures    {pictures[0]} and {len(pictures) - 1} more")
     print(f"tensorboard tensorboard --logdir {output}")
-    return 0
 
 
 if __name__ == "__main__":

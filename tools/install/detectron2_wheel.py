@@ -163,14 +163,8 @@ def unpack(archive, dest):
     return tops[0]
 
 
-def patch_tree(tree, patches=PATCHES, stub=STUB):
-    """Brings the unpacked `tree` up to current libraries and puts the stub of `_C` in place.
-
-    Args:
-        tree: folder that holds `detectron2/`.
-        patches: (file, text, replacement, count) as in `PATCHES`.
-        stub: file that becomes `detectron2/_C.py`.
-    """
+def patch_tree(tree, patches=PATCHES):
+    """Brings the unpacked `tree` up to current libraries and puts the stub of `_C` in place."""
     package = Path(tree, "detectron2")
     for name, old, new, count in patches:
         path = package / name
@@ -186,7 +180,7 @@ def patch_tree(tree, patches=PATCHES, stub=STUB):
     target = package / "_C.py"
     if target.exists():
         raise InstallError("detectron2/_C.py is already there; is this tree patched already?")
-    target.write_bytes(Path(stub).read_bytes())
+    target.write_bytes(STUB.read_bytes())
 
 
 def _wheel_files(tree):

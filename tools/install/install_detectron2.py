@@ -31,16 +31,22 @@ MEND = (
 )
 
 
+def run(command, **options):
+    """Runs a command that asks nothing; its output is captured unless the options say otherwise."""
+    return subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "true"},
+        text=True,
+        check=False,
+        **{"capture_output": True, **options},
+    )
+
+
 def python(code):
     """Runs `code` in a fresh interpreter away from the checkout; returns (ok, last line)."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=tempfile.gettempdir(),
-        check=False,
-    )
-    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    done = run([sys.executable, "-c", code], cwd=tempfile.gettempdir())
+    lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
     return done.returncode == 0, lines[-1] if lines else ""
 
 
@@ -62,35 +68,18 @@ def pip(*args, verbose=False, timeout=None):
     """Runs pip; raises InstallError with pip's own error line where it fails."""
     command = [sys.executable, "-m", "pip", *args]
     try:
-        done = subprocess.run(
-            command,
-            stdout=None if verbose else subprocess.PIPE,
-            stderr=None if verbose else subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "GIT_TERMINAL_PROMPT": "0"},
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        done = run(command, capture_output=not verbose, timeout=timeout)
     except subprocess.TimeoutExpired as err:
         raise InstallError(f"pip {args[0]} took longer than {timeout} s") from err
     if done.returncode:
-        reason = "see above" if verbose else last_error(done.stdout)
+        reason = "see above" if verbose else last_error(done.stdout + done.stderr)
         raise InstallError(f"pip {args[0]} failed: {reason}")
 
 
 def probe_git():
     """Raises InstallError within seconds where the official repository cannot be reached."""
     try:
-        done = subprocess.run(
-            ["git", "ls-remote", "--exit-code", REPO, "HEAD"],
-            capture_output=True,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "true"},
-            text=True,
-            timeout=PROBE_SECONDS,
-            check=False,
-        )
+        done = run(["git", "ls-remote", "--exit-code", REPO, "HEAD"], timeout=PROBE_SECONDS)
     except FileNotFoundError as err:
         raise InstallError("git is not installed") from err
     except subprocess.TimeoutExpired as err:

@@ -15,7 +15,8 @@ import re
 import sys
 from pathlib import Path
 
-from wsbcn_d2.engine import UsageError
+from wsbcn_d2.config import UsageError, refusing
+from wsbcn_d2.engine.processes import one_line_errors
 from wsbcn_d2.files import replacing
 from wsbcn_d2.study.pages import fill_page
 from wsbcn_d2.study.pairs import compare_pairs, pairs_csv
@@ -61,6 +62,7 @@ def main_page(page=Path("README.md")):
     return {page: fill_page(page.read_text(), records)}
 
 
+@one_line_errors
 def main(argv=None) -> int:
     """Runs the tool; returns the exit status: 1 if --check finds a difference, 2 for an error."""
     parser = argparse.ArgumentParser(
@@ -71,7 +73,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     folders = map(Path, args.folders) if args.folders else Path("configs").glob("*/results")
     differ = []
-    try:
+    with refusing("", OSError, ValueError):
         for folder in folders:
             studies, files = made(folder)
             differ += [path for path, text in files.items() if update(path, text, args.check)]
@@ -81,9 +83,6 @@ def main(argv=None) -> int:
                 write(folder / "plots" / f"{name}-{figure}.png", content)
         if not args.folders:
             differ += [p for p, text in main_page().items() if update(p, text, args.check)]
-    except (UsageError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     for path in differ:
         print(f"{path}: {'differs' if args.check else 'written'}")
     return 1 if args.check and differ else 0

@@ -11,7 +11,9 @@ update rate (see ``sync``).
 """
 
 import contextlib
+import functools
 import time
+import weakref
 
 import torch
 from detectron2.engine import AMPTrainer, SimpleTrainer
@@ -22,13 +24,6 @@ __all__ = ["accumulate", "split"]
 
 def split(batch: list, parts: int) -> list[list]:
     """Split a batch into consecutive parts whose sizes differ by at most one.
-
-    Args:
-        batch: at least ``parts`` elements.
-        parts: how many.
-
-    Returns:
-        list of ``parts`` lists.
 
     Raises:
         ValueError: if the batch has fewer elements than parts.
@@ -43,57 +38,37 @@ def split(batch: list, parts: int) -> list[list]:
     return [batch[a:b] for a, b in zip(ends, ends[1:], strict=False)]
 
 
-class _Accumulating:
+def _run_step(trainer: SimpleTrainer, micro_batches: int) -> None:
     """``run_step`` of ``SimpleTrainer`` and ``AMPTrainer`` over the parts of a batch."""
-
-    def run_step(self):
-        assert self.model.training, f"[{type(self).__name__}] model was changed to eval mode!"
-        scaler = getattr(self, "grad_scaler", None)
-        start = time.perf_counter()
-        batch = next(self._data_loader_iter)
-        data_time = time.perf_counter() - start
-        parts = split(batch, self.micro_batches)
-        self.optimizer.zero_grad()
-        totals: dict[str, torch.Tensor] = {}
-        for i, part in enumerate(parts):
-            with self._synchronizing(i + 1 == len(parts)):
-                with self._casting():
-                    losses = self.model(part)
-                if isinstance(losses, torch.Tensor):
-                    losses = {"total_loss": losses}
-                share = len(part) / len(batch)
-                losses = {name: share * loss for name, loss in losses.items()}
-                loss = sum(losses.values())
-                (loss if scaler is None else scaler.scale(loss)).backward()
-            for name, loss in losses.items():
-                totals[name] = totals.get(name, 0) + loss.detach()
-        if hasattr(self, "after_backward"):  # Detectron2 main
-            self.after_backward()
-        self._write_metrics(totals, data_time)
-        if scaler is None:
-            self.optimizer.step()
-        else:
-            scaler.step(self.optimizer)
-            scaler.update()
-
-    def _synchronizing(self, last: bool):
+    model, optimizer = trainer.model, trainer.optimizer
+    assert model.training, f"[{trainer.__class__.__name__}] model was changed to eval mode!"
+    casting, scaler = contextlib.nullcontext(), torch.amp.GradScaler(enabled=False)
+    if isinstance(trainer, AMPTrainer):
+        casting = torch.autocast("cuda", dtype=getattr(trainer, "precision", torch.float16))
+        scaler = trainer.grad_scaler
+    start = time.perf_counter()
+    batch = next(trainer._data_loader_iter)
+    data_time = time.perf_counter() - start
+    optimizer.zero_grad()
+    totals: dict[str, torch.Tensor] = {}
+    parts = split(batch, micro_batches)
+    for i, part in enumerate(parts):
         # DDP averages the gradients over processes once, with the last part.
-        if last or not isinstance(self.model, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return self.model.no_sync()
-
-    def _casting(self):
-        if not hasattr(self, "grad_scaler"):
-            return contextlib.nullcontext()
-        return torch.autocast("cuda", dtype=getattr(self, "precision", torch.float16))
-
-
-class AccumulatingTrainer(_Accumulating, SimpleTrainer):
-    pass
-
-
-class AccumulatingAMPTrainer(_Accumulating, AMPTrainer):
-    pass
+        alone = i + 1 < len(parts) and isinstance(model, DistributedDataParallel)
+        with model.no_sync() if alone else contextlib.nullcontext():
+            with casting:
+                losses = model(part)
+            if isinstance(losses, torch.Tensor):
+                losses = {"total_loss": losses}
+            losses = {name: len(part) / len(batch) * loss for name, loss in losses.items()}
+            scaler.scale(sum(losses.values())).backward()
+        for name, loss in losses.items():
+            totals[name] = totals.get(name, 0) + loss.detach()
+    if hasattr(trainer, "after_backward"):  # Detectron2 main
+        trainer.after_backward()
+    trainer._write_metrics(totals, data_time)
+    scaler.step(optimizer)
+    scaler.update()
 
 
 def accumulate(trainer: SimpleTrainer, micro_batches: int) -> None:
@@ -108,8 +83,6 @@ def accumulate(trainer: SimpleTrainer, micro_batches: int) -> None:
     """
     if micro_batches < 1:
         raise ValueError(f"SOLVER.ACCUMULATE must be positive, not {micro_batches}")
-    if micro_batches == 1:
-        return
-    amp = isinstance(trainer, AMPTrainer)
-    trainer.__class__ = AccumulatingAMPTrainer if amp else AccumulatingTrainer
-    trainer.micro_batches = micro_batches
+    if micro_batches > 1:
+        # A proxy, as a trainer that holds on to itself would outlive its run.
+        trainer.run_step = functools.partial(_run_step, weakref.proxy(trainer), micro_batches)

@@ -8,14 +8,10 @@ __all__ = ["plot_curves", "read_metrics"]
 
 
 def read_metrics(path: str) -> dict[str, list[tuple[int, float]]]:
-    """Read Detectron2's ``metrics.json``.
+    """Read Detectron2's ``metrics.json``: metric name to (iteration, value) pairs in order.
 
-    Args:
-        path: one JSON object per line; a last line cut short by a kill is left out.
-
-    Returns:
-        dict: metric name to (iteration, value) pairs in order. After a resume, the values of
-        iterations that were run again replace the earlier ones.
+    A last line cut short by a kill is left out. After a resume, the values of iterations that were
+    run again replace the earlier ones.
     """
     series: dict[str, dict[int, float]] = defaultdict(dict)
     for line in Path(path).read_text().splitlines():
@@ -30,16 +26,7 @@ def read_metrics(path: str) -> dict[str, list[tuple[int, float]]]:
 
 
 def plot_curves(metrics: dict[str, list[tuple[int, float]]], path: str, title: str = "") -> str:
-    """Plot the training losses and the test APs of one run.
-
-    Args:
-        metrics: as returned by :func:`read_metrics`.
-        path: PNG file to write.
-        title: above the plot.
-
-    Returns:
-        str: ``path``.
-    """
+    """Plot the training losses and the test APs of one run as a PNG file; returns its path."""
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
     figure = Figure(figsize=(10, 4), layout="constrained")

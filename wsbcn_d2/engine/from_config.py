@@ -26,24 +26,22 @@ __all__ = [
 
 
 def estimate_hooks(
-    rate: float | None = None,
-    schedule: str = "constant",
-    sync: bool = True,
+    update_rate: float | None = None,
+    update_rate_schedule: str = "constant",
+    sync_estimates: bool = True,
     monitor_period: int = 0,
+    **others: object,
 ) -> list[HookBase]:
-    """The hooks that look after running estimates, from a YAML or a Python config's options.
+    """The hooks that look after running estimates, from ``MODEL.BCN``'s or ``train.bcn``'s keys.
 
-    Args:
-        rate: base rate; None for what the model's norms have (:func:`set_estimates`).
-        schedule: ``MODEL.BCN.UPDATE_RATE_SCHEDULE``.
-        sync: ``MODEL.BCN.SYNC_ESTIMATES``.
-        monitor_period: ``MODEL.BCN.MONITOR_PERIOD``.
+    Without a rate, it is what the model's norms have (:func:`set_estimates`). Other keys are the
+    model's.
 
     Raises:
         ValueError: for a rate, schedule or period that there is none of.
     """
-    result: list[HookBase] = [UpdateRateSchedule(rate, schedule)]
-    if sync:
+    result: list[HookBase] = [UpdateRateSchedule(update_rate, update_rate_schedule)]
+    if sync_estimates:
         result.append(EstimateSync())
     if monitor_period:
         result.append(ChannelMonitor(monitor_period))
@@ -78,9 +76,7 @@ def resumed_schedule(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> ResumedS
 def expectation(cfg: CfgNode, model: nn.Module) -> LoadExpectation:
     """What the weights of a YAML config's model have to be, and what its checkpoints record.
 
-    Args:
-        cfg: the config.
-        model: built from it; asked where ``MODEL.WS.PARTS`` and not the backbone's name decides.
+    The model is asked where ``MODEL.WS.PARTS`` and not the backbone's name decides.
     """
     expected = LoadExpectation.from_cfg(cfg)
     if not cfg.MODEL.WS.PARTS:
@@ -95,16 +91,11 @@ def expectation(cfg: CfgNode, model: nn.Module) -> LoadExpectation:
 
 
 def schedule_by_epochs(cfg: CfgNode) -> CfgNode:
-    """The config with ``SOLVER.EPOCHS`` turned into iterations.
+    """The config with ``SOLVER.EPOCHS`` turned into iterations, for which the sets are loaded.
 
-    Args:
-        cfg: its training sets are loaded if it counts in epochs.
-
-    Returns:
-        CfgNode: a new config, or ``cfg`` if there is nothing to do. ``SOLVER.MAX_ITER`` is the
-        number of steps in which every picture that is trained on is seen ``EPOCHS`` times;
-        ``STEPS``, ``TEST.EVAL_PERIOD`` and ``CHECKPOINT_PERIOD`` keep their shares of it, and the
-        warm-up is no longer than a tenth.
+    ``SOLVER.MAX_ITER`` is the number of steps in which every picture that is trained on is seen
+    ``EPOCHS`` times; ``STEPS``, ``TEST.EVAL_PERIOD`` and ``CHECKPOINT_PERIOD`` keep their shares
+    of it, and the warm-up is no longer than a tenth.
     """
     if not cfg.SOLVER.EPOCHS:
         return cfg
@@ -134,11 +125,9 @@ def schedule_by_epochs(cfg: CfgNode) -> CfgNode:
 
 
 def build_mapper(cfg: CfgNode, names: Sequence[str], *, is_train: bool) -> Callable | None:
-    """What turns a record of data sets into a model's input, where that is not Detectron2's own.
+    """What turns a record of data sets into a model's input; None for Detectron2's own mapper.
 
-    Returns:
-        The mapper of classification data sets, or one that reads pictures of more than 8 bits with
-        ``INPUT.PICTURE_RANGE``; None for Detectron2's ``DatasetMapper``.
+    Others are for classification, and for pictures of more than 8 bits (``INPUT.PICTURE_RANGE``).
     """
     mapper = classification_mapper(cfg, names, is_train=is_train)
     if mapper is None and cfg.INPUT.PICTURE_RANGE:

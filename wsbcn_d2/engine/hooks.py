@@ -81,8 +81,7 @@ class EstimateSync(HookBase):
 
     def after_step(self) -> None:
         if self._synchronizer is not None:
-            with torch.no_grad():
-                self._synchronizer.synchronize()
+            self._synchronizer.synchronize()
 
 
 class ResumedSchedule(HookBase):
@@ -142,20 +141,18 @@ class ResumedSchedule(HookBase):
             self._use_own()
 
     def _differences(self) -> list[str]:
-        saved = self._saved
-        if saved is None:  # a checkpoint of another trainer, whose optimizer alone is known
-            name = next(iter(self._options))
-            saved = {name: self._optimizer.param_groups[0].get("initial_lr")}
+        # Of a checkpoint of another trainer, the optimizer alone is known.
+        optimizer = {next(iter(self._options)): self._optimizer.param_groups[0].get("initial_lr")}
+        saved = optimizer if self._saved is None else self._saved
         result = []
         for name, value in {**self._options, **self._lengths}.items():
             before = saved.get(name, value)
             if before == value:
                 continue
-            text = f"{name} was {before}, is {value}"
+            what = f"; {before} holds (for the config's, {self._key} config)"
             if name in self._lengths or self._take == "config":
-                result.append(f"{text}, which holds (to go on as before, set {before})")
-            else:
-                result.append(f"{text}; {before} holds (for the config's, {self._key} config)")
+                what = f", which holds (to go on as before, set {before})"
+            result.append(f"{name} was {before}, is {value}{what}")
         return result
 
     def _use_own(self) -> None:

@@ -37,11 +37,7 @@ _PARTS += (("mask_head", "mask_head"), ("proposal_generator", "rpn"))
 def part_of(name: str) -> str:
     """The part of a model that a module belongs to: ``backbone``, ``fpn``, ``box_head``, ...
 
-    Args:
-        name: qualified name of the module, with or without DDP's prefix.
-
-    Returns:
-        str: the first known part in the name, else the name's first component.
+    Of a name with or without DDP's prefix, the first known part, else the first component.
     """
     name = name.removeprefix("module.")
     return next((part for mark, part in _PARTS if mark in name), name.split(".")[0])

@@ -59,7 +59,7 @@ def launch(main: Callable[[Namespace], object], args: Namespace) -> object:
     """
     if _under_torchrun():
         local = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-        return _run_rank(main, args, *local)
+        return _run_rank(*local, main, args)
     if torch.cuda.is_available() or world_size_of(args) == 1:
         return launch_detectron2(
             main,
@@ -73,33 +73,25 @@ def launch(main: Callable[[Namespace], object], args: Namespace) -> object:
         url = args.dist_url
         if url == "auto" or args.num_machines == 1:  # no port that another job could hold
             url = f"file://{folder}/rendezvous"
-        torch.multiprocessing.spawn(_cpu_rank, (main, args, url), nprocs=args.num_gpus)
-
-
-def _cpu_rank(
-    local_rank: int, main: Callable[[Namespace], object], args: Namespace, url: str
-) -> None:
-    _run_rank(
-        main,
-        args,
-        local_rank,
-        args.num_gpus,
-        init_method=url,
-        rank=args.machine_rank * args.num_gpus + local_rank,
-        world_size=world_size_of(args),
-    )
+        size = args.num_gpus
+        torch.multiprocessing.spawn(_run_rank, (size, main, args, url), nprocs=size)
 
 
 def _run_rank(
-    main: Callable[[Namespace], object],
-    args: Namespace,
     local_rank: int,
     local_size: int,
-    **rendezvous,
+    main: Callable[[Namespace], object],
+    args: Namespace,
+    url: str | None = None,
 ) -> object:
+    """One process of the job: as torchrun's environment says, or those that meet at an address."""
+    place = {}
+    if url:
+        rank = args.machine_rank * local_size + local_rank
+        place = {"init_method": url, "rank": rank, "world_size": world_size_of(args)}
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **rendezvous)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", **place)
     try:
         _create_local_group(local_size)
         comm.synchronize()
@@ -121,13 +113,9 @@ def _create_local_group(local_size: int) -> None:
 
 
 def one_line_errors(command: Callable[..., object]) -> Callable[..., int]:
-    """Make a command answer wrong input with one line on stderr.
+    """Make a command answer wrong input with one line on stderr and the exit code 2.
 
-    Args:
-        command: its result is the exit code if it is an int, else that is 0.
-
-    Returns:
-        The same, whose result is 2 after a UsageError, CheckpointError or DataError.
+    Otherwise the code is what the command returns if that is an int, else 0.
     """
 
     @functools.wraps(command)
@@ -152,9 +140,6 @@ def run_command(check: Callable[..., None], main: Callable[[Namespace], object])
         check: is given the command line's ``args`` and the keyword arguments of
             :func:`wsbcn_d2.engine.checks.check_setup`; raises for what cannot work.
         main: is run in every process of the job, with ``args``.
-
-    Returns:
-        int: the exit code; 2 after wrong input, which is answered with one line on stderr.
     """
     args = default_argument_parser().parse_args()
     if args.num_gpus < 0 or args.num_machines < 1:

@@ -11,10 +11,7 @@ from collections.abc import Iterable
 from unittest import mock
 
 from detectron2.config import CfgNode
-from detectron2.data import (
-    build_detection_test_loader,
-    build_detection_train_loader,
-)
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, defaults, hooks
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import GeneralizedRCNNWithTTA
@@ -23,10 +20,7 @@ from torch import nn
 
 from ..checkpoint import CheckpointError, WSBCNCheckpointer
 from ..config import load_config
-from ..data import (
-    classification_test_loader,
-    register_coco_sets,
-)
+from ..data import classification_test_loader, register_coco_sets
 from ..modeling.recomputation import recompute
 from .accumulate import accumulate
 from .evaluation import build_evaluator
@@ -165,11 +159,7 @@ class Trainer(DefaultTrainer):
 def train_net(args: Namespace) -> OrderedDict | None:
     """One process of ``tools/train_net.py``: train, or evaluate with ``--eval-only``.
 
-    Args:
-        args: of :func:`detectron2.engine.default_argument_parser`.
-
-    Returns:
-        OrderedDict: the (last) evaluation's results, on the first process.
+    Returns the (last) evaluation's results, on the first process.
     """
     cfg = load_config(args.config_file, args.opts)
     set_up_process(cfg, args, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE)

@@ -179,10 +179,11 @@ class BatchChannelNorm2d(nn.GroupNorm):
         bn = self.bn
         if not _constant(bn):
             return None
-        tensors = [_tensor(m, name) for m in (self, bn) for name in ("weight", "bias")]
-        mean, var = _tensor(bn, "running_mean"), _tensor(bn, "running_var")
-        count = _tensor(bn, "num_batches_tracked")
-        backend = bcn_backend(x, *tensors, mean, var, count)
+        weight, bias = _tensors(self, "weight", "bias")
+        bn_weight, bn_bias, mean, var, count = _tensors(
+            bn, "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
+        )
+        backend = bcn_backend(x, weight, bias, bn_weight, bn_bias, mean, var, count)
         if backend is None:
             return None
         moves = type(bn) is EstimatedBatchNorm2d and bn.training and bn.updates()
@@ -196,7 +197,10 @@ class BatchChannelNorm2d(nn.GroupNorm):
                 bn.update(x)
             else:
                 rate = bn.momentum
-        y = fused_bcn(backend, readable, x, *tensors, mean, var, count, bn.eps, rate, self.eps)
+        y = fused_bcn(
+            backend, readable, x, weight, bias, bn_weight, bn_bias, mean, var, count,
+            bn.eps, rate, self.eps,
+        )  # fmt: skip
         if moves:
             remember(bn, x)
         return y
@@ -208,12 +212,10 @@ class BatchChannelNorm2d(nn.GroupNorm):
         )
 
 
-def _tensor(module: nn.Module, name: str) -> torch.Tensor | None:
+def _tensors(module: nn.Module, *names: str) -> list[torch.Tensor | None]:
     # As getattr(module, name, None), which takes a microsecond for what no __dict__ has.
-    for place in (module._parameters, module._buffers):
-        if name in place:
-            return place[name]
-    return getattr(module, name, None)
+    own = {**module._parameters, **module._buffers}
+    return [own[name] if name in own else getattr(module, name, None) for name in names]
 
 
 def _constant(bn: nn.Module) -> bool:

@@ -176,10 +176,10 @@ def _shared_weight(conv: ReparametrizedConv2d) -> torch.Tensor | None:
 
 def autocast_dtype(weight: torch.Tensor) -> torch.dtype | None:
     """The type in which autocast would have a convolution read its weight; None for its own."""
-    device = weight.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+    if weight.dtype is not torch.float32 or not (weight.is_cuda or weight.is_cpu):
         return None
-    return torch.get_autocast_dtype(device) if weight.dtype == torch.float32 else None
+    device = "cuda" if weight.is_cuda else "cpu"
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _recomputes(conv: nn.Conv2d, x: torch.Tensor) -> bool:

@@ -149,8 +149,8 @@ class WSConv2d(ReparametrizedConv2d):
 
     @torch.jit.unused
     def _used_weight(self):
-        dtype = autocast_dtype(self.weight)
-        return _standardize_as(self.weight, self.ws_formula, self.ws_eps, dtype)
+        weight = self.weight
+        return _standardize_as(weight, self.ws_formula, self.ws_eps, autocast_dtype(weight))
 
     @torch.jit.unused
     def _recipe(self):

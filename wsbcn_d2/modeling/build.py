@@ -12,13 +12,7 @@ __all__ = ["standardize", "standardize_by_config", "ws_options"]
 
 
 def ws_options(cfg: CfgNode) -> dict:
-    """Read the ``MODEL.WS`` options of a part of the model.
-
-    Args:
-        cfg: a config with the keys of :func:`wsbcn_d2.add_wsbcn_config`.
-
-    Returns:
-        dict: ``ws_kind`` (str), ``ws_formula`` (str) and ``ws_eps`` (float).
+    """``MODEL.WS`` as the options of :func:`standardize`.
 
     Raises:
         KeyError: if the config lacks this project's keys.

@@ -24,11 +24,6 @@ class CifarStem(CNNBlockBase):
     """A 3x3 convolution at full resolution, norm and ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, norm: str | Callable[[int], nn.Module]):
-        """
-        Args:
-            in_channels, out_channels: of the convolution.
-            norm (str or callable): see :func:`detectron2.layers.get_norm`.
-        """
         super().__init__(in_channels, out_channels, stride=1)
         self.conv1 = Conv2d(
             in_channels,
@@ -41,13 +36,7 @@ class CifarStem(CNNBlockBase):
         weight_init.c2_msra_fill(self.conv1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            x: shape (N, in_channels, H, W).
-
-        Returns:
-            Tensor of shape (N, out_channels, H, W).
-        """
+        """(N, in_channels, H, W) to (N, out_channels, H, W)."""
         return F.relu(self.conv1(x))
 
 

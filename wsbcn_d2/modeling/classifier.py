@@ -22,14 +22,8 @@ __all__ = ["ImageClassifier", "with_linear_head", "zero_last_norms"]
 def with_linear_head(backbone: Backbone, num_classes: int) -> ResNet:
     """A ResNet over the same stem and stages that ends in average pooling and a linear layer.
 
-    Detectron2's ResNet has that head, but no builder of its own makes it.
-
-    Args:
-        backbone: a ResNet, as its builders return it; stem and blocks are shared, not copied.
-        num_classes: outputs of the linear layer.
-
-    Returns:
-        ResNet: its forward returns ``{"linear": logits}``.
+    Detectron2's ResNet has that head, but no builder of its own makes it. Its forward returns
+    ``{"linear": logits}``; stem and blocks are shared, not copied.
 
     Raises:
         ValueError: for another backbone than a ResNet.
@@ -48,9 +42,6 @@ def zero_last_norms(backbone: ResNet) -> None:
 
     Each block then starts as the identity. In BCN it is the weight per group that is zeroed, as in
     the official code.
-
-    Args:
-        backbone: a ResNet of basic or bottleneck blocks.
     """
     for stage in backbone.stages:
         for block in stage:

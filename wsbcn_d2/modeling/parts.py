@@ -5,6 +5,7 @@ whatever script, trainer or predictor builds a model from a config, it is prepar
 """
 
 import functools
+import itertools
 import logging
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
@@ -66,8 +67,8 @@ def standardize_parts(
     if kind not in WS_KINDS:
         raise ValueError(f"unknown MODEL.WS.KIND {kind!r}: use one of {', '.join(WS_KINDS)}")
     chosen = [pattern for pattern in patterns if not pattern.startswith("!")]
-    inside = set(_below(model, modules_named(model, chosen)))
-    inside -= set(_below(model, modules_named(model, [p[1:] for p in patterns if p[:1] == "!"])))
+    inside = _below(model, chosen)
+    inside -= _below(model, [pattern[1:] for pattern in patterns if pattern.startswith("!")])
     named = {pattern for pattern in chosen if not _WILD & set(pattern)}
     before_norms = set(_before_norms(model))
     take, plain, done = [], [], 0
@@ -116,19 +117,17 @@ def _convolves(module: nn.Module) -> bool:
     return own and getattr(module, "norm", None) is not None
 
 
-def _below(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
-    """The named modules and all within them."""
-    prefixes = tuple(f"{name}." for name in names)
-    yield from names
-    if prefixes:
-        yield from (name for name, _ in model.named_modules() if name.startswith(prefixes))
+def _below(model: nn.Module, patterns: Iterable[str]) -> set[str]:
+    """Names of the modules that patterns fit, and of all within them."""
+    names = modules_named(model, patterns)
+    inside = tuple(f"{name}." for name in names)
+    return {*names, *(name for name, _ in model.named_modules() if name.startswith(inside))}
 
 
 def _before_norms(model: nn.Module) -> Iterator[nn.Module]:
     """Convolutions whose parent's next child is a norm of their width."""
     for parent in model.modules():
-        children = [child for child in parent.children() if child is not None]
-        for conv, norm in zip(children, children[1:], strict=False):
+        for conv, norm in itertools.pairwise(parent.children()):
             if isinstance(conv, _ConvNd) and _width(norm) == conv.out_channels:
                 yield conv
 
@@ -183,14 +182,7 @@ def set_estimates(
 
 
 def prepare(model: nn.Module, cfg: CfgNode) -> nn.Module:
-    """What a config says of a model as a whole: ``MODEL.WS.PARTS``, and its running estimates.
-
-    Args:
-        model: as built, changed in place.
-        cfg: a config with this project's keys.
-
-    Returns:
-        ``model``.
+    """Do to a built model what a config says of it as a whole, in place: parts and estimates.
 
     Raises:
         ValueError: see :func:`standardize_parts`.

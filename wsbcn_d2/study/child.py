@@ -43,13 +43,9 @@ def end_with_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _leave(signum, frame):
-    sys.exit(128 + signum)  # unlike the default action, lets this session be noted
-
-
-def hardware() -> str:
-    """The GPU's name, or the processor's and its number of cores."""
-    if torch.cuda.is_available():
+def hardware(gpu: bool | None = None) -> str:
+    """The GPU's name, or the processor's and its number of cores; None: the GPU's if there is."""
+    if torch.cuda.is_available() if gpu is None else gpu:
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
@@ -100,7 +96,8 @@ def main(argv: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     opts += ["OUTPUT_DIR", str(folder)]
     started = time.monotonic()
-    signal.signal(signal.SIGTERM, _leave)
+    # Unlike the default action, this lets the session be noted.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.argv = [args.script, "--config-file", args.config_file, "--resume", *opts]
     status = 0
     try:

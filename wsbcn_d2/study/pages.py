@@ -30,14 +30,11 @@ _CHANNELS = {
 
 
 def fill_page(page: str, records_of: Callable[[str], Sequence[dict]]) -> str:
-    """A page with all its tables made anew.
+    """The text of a page with all its tables made anew; all outside of the comments stays.
 
     Args:
-        page: its text.
+        page: the text.
         records_of: name of a study to its records, in the order of its variants.
-
-    Returns:
-        str: the text; all outside of the comments is as it was.
 
     Raises:
         ValueError: for a comment that asks for no known table.
@@ -57,23 +54,21 @@ def prose(page: str) -> str:
     return _BLOCK.sub("", page)
 
 
-def _columns(head: list[str], cells: list[list[str]], kept: Callable[[str], bool]) -> str:
-    several = {line[head.index("images/step")] for line in cells}
-    places = [
-        i
-        for i, name in enumerate(head)
-        if kept(name) and (name != "images/step" or several != {"1"})
-    ]
+def _columns(head: list[str], cells: list[list[str]], left_out: Sequence[str] = ()) -> str:
+    """A table without some columns, and without the images per step where they are 1 throughout."""
+    if {line[head.index("images/step")] for line in cells} == {"1"}:
+        left_out = [*left_out, "images/step"]
+    places = [i for i, name in enumerate(head) if name not in left_out]
     return markdown([head[i] for i in places], [[line[i] for i in places] for line in cells])
 
 
 def _ap(records: Sequence[dict]) -> str:
-    left_out = ("iterations", "s/step", "training s", "memory MB")
-    return _columns(*table(summarize(records)), lambda name: name not in left_out)
+    cost = ("iterations", "s/step", "training s", "memory MB")
+    return _columns(*table(summarize(records)), left_out=cost)
 
 
 def _pairs(records: Sequence[dict]) -> str:
-    return _columns(*pairs_table(compare_pairs(records)), lambda name: True)
+    return _columns(*pairs_table(compare_pairs(records)))
 
 
 def _channels(records: Sequence[dict]) -> str:
@@ -85,7 +80,7 @@ def _channels(records: Sequence[dict]) -> str:
             values = [take([value for _, value in curve]) for curve in curves if curve]
             cells.append(format(np.mean(values), form) if values else "-")
         lines.append([variant, str(images), *cells, str(len(members))])
-    return _columns(["variant", "images/step", *_CHANNELS, "seeds"], lines, lambda name: True)
+    return _columns(["variant", "images/step", *_CHANNELS, "seeds"], lines)
 
 
 _TABLES = {"ap": _ap, "pairs": _pairs, "channels": _channels}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .stats import Difference, paired_difference
-from .summary import TASKS, group, markdown, text_csv
+from .summary import group, interval_columns, markdown, task_label, tasks_of, text_csv
 
 __all__ = ["Pair", "compare_pairs", "pairs_csv", "pairs_markdown", "pairs_table"]
 
@@ -24,13 +24,18 @@ class Pair:
     ap: dict[str, Difference]
 
     @property
+    def seeds(self) -> tuple[int, ...]:
+        """Those that both were run on."""
+        return next(iter(self.ap.values())).seeds
+
+    @property
     def statement(self) -> str:
         """What the intervals show, or that they show nothing."""
         ahead: dict[str, list[str]] = {}
         for task, difference in self.ap.items():
             if difference.excludes_zero:
                 leader = self.variant if difference.mean > 0 else self.other
-                ahead.setdefault(leader, []).append(TASKS.get(task, f"{task} AP"))
+                ahead.setdefault(leader, []).append(task_label(task))
         said = [f"{leader} is ahead in {' and '.join(tasks)}" for leader, tasks in ahead.items()]
         return "; ".join(said) or "nothing shown"
 
@@ -57,29 +62,21 @@ def compare_pairs(records: Sequence[dict]) -> list[Pair]:
     return pairs
 
 
-def _tasks(pairs: Sequence[Pair]) -> list[str]:
-    return sorted({task for pair in pairs for task in pair.ap})
-
-
-def _seeds(pair: Pair) -> tuple[int, ...]:
-    return next(iter(pair.ap.values())).seeds
-
-
 def pairs_table(pairs: Sequence[Pair]) -> tuple[list[str], list[list[str]]]:
     """Head and cells, as text."""
-    tasks = _tasks(pairs)
-    head = ["difference", "images/step", *(TASKS.get(task, f"{task} AP") for task in tasks)]
+    tasks = tasks_of(pairs)
+    head = ["difference", "images/step", *map(task_label, tasks), "seeds", "shown"]
     cells = [
         [
             f"{pair.variant} - {pair.other}",
             str(pair.images_per_step),
             *(str(pair.ap.get(task, "-")) for task in tasks),
-            str(len(_seeds(pair))),
+            str(len(pair.seeds)),
             pair.statement,
         ]
         for pair in pairs
     ]
-    return [*head, "seeds", "shown"], cells
+    return head, cells
 
 
 def pairs_markdown(pairs: Sequence[Pair]) -> str:
@@ -89,17 +86,11 @@ def pairs_markdown(pairs: Sequence[Pair]) -> str:
 
 def pairs_csv(pairs: Sequence[Pair]) -> str:
     """The differences with mean and half width of the interval in columns of their own."""
-    tasks = _tasks(pairs)
-    head = ["variant", "minus", "images_per_step"]
-    head += [f"{task}_ap_{what}" for task in tasks for what in ("mean", "ci95")]
-    lines = [[*head, "seeds", "shown"]]
-    for pair in pairs:
-        figures = []
-        for task in tasks:
-            found = pair.ap.get(task)
-            figures += [f"{found.mean:.3f}", f"{found.half:.3f}"] if found else ["", ""]
-        seeds = " ".join(map(str, _seeds(pair)))
-        lines.append(
-            [pair.variant, pair.other, pair.images_per_step, *figures, seeds, pair.statement]
-        )
+    head, figures = interval_columns(
+        [{task: (found.mean, found.half) for task, found in pair.ap.items()} for pair in pairs]
+    )
+    lines = [["variant", "minus", "images_per_step", *head, "seeds", "shown"]]
+    for pair, intervals in zip(pairs, figures, strict=True):
+        who = [pair.variant, pair.other, pair.images_per_step]
+        lines.append([*who, *intervals, " ".join(map(str, pair.seeds)), pair.statement])
     return text_csv(lines)

@@ -127,11 +127,7 @@ def _settings(cfg: CfgNode) -> dict:
 
 
 def label_configs(paths: Sequence[str]) -> dict[str, str]:
-    """Short labels of config files: their stems without the part that all begin with.
-
-    Returns:
-        dict: label to path.
-    """
+    """Config files by short labels: their stems without the part that all begin with."""
     stems = [Path(path).stem for path in paths]
     common = os.path.commonprefix(stems) if len(stems) > 1 else ""
     common = common[: common.rfind("_") + 1]

@@ -1,14 +1,15 @@
 """Figures of a study, from records alone."""
 
 import io
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from .stats import mean_interval
-from .summary import TASKS, group, summarize
+from .summary import group, summarize, task_label
 
 __all__ = ["make_figures", "png_bytes", "save_figures", "showcase"]
 
@@ -24,11 +25,8 @@ _QUANTITIES = {
 
 def _styles(records: Sequence[dict]) -> dict[str, dict]:
     variants = list(dict.fromkeys(record["variant"] for record in records))
-    n = len(_COLORS)
-    return {
-        v: {"color": _COLORS[i % n], "linestyle": _DASHES[i // n % len(_DASHES)]}
-        for i, v in enumerate(variants)
-    }
+    looks = zip(variants, itertools.cycle(itertools.product(_DASHES, _COLORS)), strict=False)
+    return {variant: {"color": color, "linestyle": dash} for variant, (dash, color) in looks}
 
 
 def _text(label: str) -> str:
@@ -37,22 +35,7 @@ def _text(label: str) -> str:
     return f" {label}" if label.startswith("_") else label
 
 
-def _axes(rows: int, columns: int, **kwargs):
-    figure = Figure(figsize=(5.2 * columns, 3.4 * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
-
-
-def _legend(figure: Figure, axes) -> None:
-    handles: dict[str, object] = {}
-    for ax in axes.flat:
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    if handles:
-        columns = min(5, len(handles))
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
-
-
-def _draw(ax, members: Sequence[dict], curves: list, column: int, style: dict, label: str) -> None:
+def _draw(ax, curves: list, style: dict, label: str, *, column: int = 0, band: bool = True) -> None:
     """The mean over seeds as a line, with the 95 % interval of each point where there are two."""
     count = min(len(curve) for curve in curves)
     points = np.array([curve[:count] for curve in curves], float)
@@ -61,31 +44,76 @@ def _draw(ax, members: Sequence[dict], curves: list, column: int, style: dict, l
     mean = np.array([value for value, _ in stats])
     marker = "o" if count <= 12 else None
     ax.plot(x, mean, label=_text(label), marker=marker, markersize=3, linewidth=1.5, **style)
-    if min(len(members), len(curves)) > 1:
+    if band and len(curves) > 1:
         half = np.array([half for _, half in stats])
         ax.fill_between(x, mean - half, mean + half, color=style["color"], alpha=0.12, linewidth=0)
 
 
-def _ap_figure(records: Sequence[dict], column: int, xlabel: str) -> Figure:
-    styles, groups = _styles(records), group(records)
-    images = sorted({count for _, count in groups})
-    tasks = sorted({task for record in records for task in record["ap"]})
-    figure, axes = _axes(len(tasks), len(images))
-    for (variant, count), members in groups.items():
-        for row, task in enumerate(tasks):
-            curves = [m["ap"][task] for m in members if m["ap"].get(task)]
+def _grid(
+    records: Sequence[dict],
+    rows: dict,
+    columns: dict,
+    curve_of: Callable[[dict, object, object], list | None],
+    *,
+    size: tuple[float, float] = (5.2, 3.4),
+    xlabel: str = "iteration",
+    sharey: bool | str = False,
+    from_zero: bool = True,
+    **how,
+) -> Figure:
+    """Curves of all variants; rows and columns of axes are given by key and label.
+
+    ``curve_of`` is the curve of a record at (row, column), if it has one. A shared y axis is
+    labelled once.
+    """
+    styles = _styles(records)
+    figure = Figure((size[0] * len(columns), size[1] * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(columns), squeeze=False, sharey=sharey)
+    for (variant, _), members in group(records).items():
+        for (i, row), (j, column) in itertools.product(enumerate(rows), enumerate(columns)):
+            curves = [curve for m in members if (curve := curve_of(m, row, column))]
             if curves:
-                ax = axes[row, images.index(count)]
-                _draw(ax, members, curves, column, styles[variant], variant)
-    for row, task in enumerate(tasks):
-        for column_, count in enumerate(images):
-            ax = axes[row, column_]
-            ax.set(title=f"{count} image{'s' * (count > 1)} per step", xlabel=xlabel)
-            ax.set_ylabel(TASKS.get(task, f"{task} AP"))
+                _draw(axes[i, j], curves, styles[variant], variant, **how)
+    for (i, row), (j, column) in itertools.product(enumerate(rows), enumerate(columns)):
+        ax = axes[i, j]
+        if not sharey or i == 0:
+            ax.set_title(columns[column])
+        if not sharey or i + 1 == len(rows):
+            ax.set_xlabel(xlabel)
+        if not sharey or j == 0:
+            ax.set_ylabel(rows[row])
+        if from_zero:
             ax.set_ylim(bottom=0)
-            ax.grid(alpha=0.3)
-    _legend(figure, axes)
+        ax.grid(alpha=0.3)
+    handles: dict[str, object] = {}
+    for ax in axes.flat:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if handles:
+        ncols = min(5, len(handles))
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=ncols)
     return figure
+
+
+def _by_images(records: Sequence[dict]) -> dict[int, str]:
+    """Columns of a grid: the numbers of images per step."""
+    counts = sorted({record["images_per_step"] for record in records})
+    return {count: f"{count} image{'s' * (count > 1)} per step" for count in counts}
+
+
+def _at_fewest_images(records: Sequence[dict]) -> list[dict]:
+    fewest = min(record["images_per_step"] for record in records)
+    return [record for record in records if record["images_per_step"] == fewest]
+
+
+def _ap_figure(records: Sequence[dict], column: int, xlabel: str) -> Figure:
+    tasks = sorted({task for record in records for task in record["ap"]})
+
+    def curve_of(record, task, images):
+        return record["ap"].get(task) if record["images_per_step"] == images else None
+
+    labels = {task: task_label(task) for task in tasks}
+    return _grid(records, labels, _by_images(records), curve_of, xlabel=xlabel, column=column)
 
 
 def showcase(records: Sequence[dict], strip: dict[str, np.ndarray]) -> Figure:
@@ -95,21 +123,19 @@ def showcase(records: Sequence[dict], strip: dict[str, np.ndarray]) -> Figure:
         records: of the variants to show; those at their fewest images per step are.
         strip: title to pixels, (height, width, 3) of uint8, from left to right.
     """
-    fewest = min(record["images_per_step"] for record in records)
-    records = [record for record in records if record["images_per_step"] == fewest]
+    records = _at_fewest_images(records)
     styles, tasks = _styles(records), sorted({task for r in records for task in r["ap"]})
     figure = Figure(figsize=(10, 5.6), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1.6, 1))
     axes = above.subplots(1, len(tasks), squeeze=False)
     for (variant, _), members in group(records).items():
         for ax, task in zip(axes[0], tasks, strict=True):
-            curves = [m["ap"][task] for m in members if m["ap"].get(task)]
             # Before the first step a detector from scratch finds nothing.
-            curves = [[[0, 0.0, 0.0], *curve] for curve in curves]
+            curves = [[[0, 0.0, 0.0], *m["ap"][task]] for m in members if m["ap"].get(task)]
             if curves:
-                _draw(ax, members, curves, 0, styles[variant], f"{variant} ({len(curves)})")
+                _draw(ax, curves, styles[variant], f"{variant} ({len(curves)})")
     for ax, task in zip(axes[0], tasks, strict=True):
-        ax.set(xlabel="iteration", ylabel=TASKS.get(task, f"{task} AP"))
+        ax.set(xlabel="iteration", ylabel=task_label(task))
         ax.set_ylim(bottom=0)
         ax.grid(alpha=0.3)
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -125,9 +151,8 @@ def _final_figure(records: Sequence[dict]) -> Figure:
     """Final AP: mean and interval, and every seed as a dot."""
     styles, groups, rows = _styles(records), group(records), summarize(records)
     tasks = sorted({task for row in rows for task in row.ap})
-    figure, axes = _axes(1, len(tasks))
-    figure.set_figheight(1.2 + 0.32 * len(rows))
-    for ax, task in zip(axes[0], tasks, strict=True):
+    figure = Figure((5.2 * len(tasks), 1.2 + 0.32 * len(rows)), layout="constrained")
+    for ax, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for place, row in enumerate(rows):
             if task not in row.ap:
                 continue
@@ -141,27 +166,20 @@ def _final_figure(records: Sequence[dict]) -> Figure:
         ax.set_yticks(range(len(rows)), labels, fontsize="small")
         ax.invert_yaxis()
         ax.set_xlim(left=0)
-        ax.set_xlabel(TASKS.get(task, f"{task} AP"))
+        ax.set_xlabel(task_label(task))
         ax.grid(axis="x", alpha=0.3)
     return figure
 
 
 def _loss_figure(records: Sequence[dict]) -> Figure | None:
-    styles, groups = _styles(records), group(records)
-    images = sorted({count for _, count in groups})
-    figure, axes = _axes(1, len(images), sharey=True)
-    for (variant, count), members in groups.items():
-        curves = [m["loss"] for m in members if m["loss"]]
-        if curves:
-            _draw(axes[0, images.index(count)], members[:1], curves, 0, styles[variant], variant)
-    if not any(ax.lines for ax in axes.flat):
+    if not any(record["loss"] for record in records):
         return None
-    for ax, count in zip(axes[0], images, strict=True):
-        ax.set(title=f"{count} image{'s' * (count > 1)} per step", xlabel="iteration")
-        ax.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("training loss")
-    _legend(figure, axes)
-    return figure
+
+    def curve_of(record, _, images):
+        return record["loss"] if record["images_per_step"] == images else None
+
+    how = {"sharey": True, "from_zero": False, "band": False}
+    return _grid(records, {"loss": "training loss"}, _by_images(records), curve_of, **how)
 
 
 def _channel_figure(records: Sequence[dict]) -> Figure | None:
@@ -169,30 +187,18 @@ def _channel_figure(records: Sequence[dict]) -> Figure | None:
     records = [record for record in records if record.get("channels")]
     if not records:
         return None
-    fewest = min(record["images_per_step"] for record in records)
-    records = [record for record in records if record["images_per_step"] == fewest]
-    styles, groups = _styles(records), group(records)
+    records = _at_fewest_images(records)
     names = {name for record in records for name in record["channels"]}
     parts = sorted({name.split("/")[1] for name in names})
-    kinds = [q for q in _QUANTITIES if any(f"/{q}_mean" in name for name in names)]
-    figure, axes = _axes(len(kinds), len(parts), sharey="row")
-    figure.set_size_inches(3.4 * len(parts), 2.8 * len(kinds))
-    for (variant, _), members in groups.items():
-        for row, quantity in enumerate(kinds):
-            for column, part in enumerate(parts):
-                key = f"channels/{part}/{quantity}_mean"
-                curves = [m["channels"][key] for m in members if m["channels"].get(key)]
-                if curves:
-                    _draw(axes[row, column], members[:1], curves, 0, styles[variant], variant)
-    for row, quantity in enumerate(kinds):
-        axes[row, 0].set_ylabel(_QUANTITIES[quantity])
-        for column, part in enumerate(parts):
-            axes[row, column].set_ylim(bottom=0)
-            axes[row, column].grid(alpha=0.3)
-            axes[0, column].set_title(part.replace("_", " "))
-            axes[-1, column].set_xlabel("iteration")
-    _legend(figure, axes)
-    return figure
+    return _grid(
+        records,
+        {q: label for q, label in _QUANTITIES.items() if any(f"/{q}_mean" in n for n in names)},
+        {part: part.replace("_", " ") for part in parts},
+        lambda record, quantity, part: record["channels"].get(f"channels/{part}/{quantity}_mean"),
+        size=(3.4, 2.8),
+        sharey="row",
+        band=False,
+    )
 
 
 def make_figures(records: Sequence[dict]) -> dict[str, Figure]:

@@ -1,5 +1,6 @@
 """Records of finished runs: small JSON files that can be committed and carried elsewhere."""
 
+import contextlib
 import json
 import math
 import os
@@ -83,9 +84,6 @@ def make_record(run: Run, folder: str | os.PathLike, command: str, threads: int)
         command: how to repeat it.
         threads: threads it ran on.
 
-    Returns:
-        dict
-
     Raises:
         ValueError: if the folder holds no result of the last iteration.
     """
@@ -93,11 +91,8 @@ def make_record(run: Run, folder: str | os.PathLike, command: str, threads: int)
     metrics = read_metrics(str(folder / "metrics.json"))
     times = metrics.get("time", [])
     seconds = _seconds(times)
-    results = {}
-    for name, series in sorted(metrics.items()):
-        task, _, metric = name.rpartition("/")
-        if metric in _RESULTS:
-            results[task] = series
+    found = [(name.rpartition("/"), series) for name, series in sorted(metrics.items())]
+    results = {task: series for (task, _, metric), series in found if metric in _RESULTS}
     last = min((series[-1][0] for series in results.values()), default=-1)
     if last < run.max_iter - 1:
         raise ValueError(f"no AP of iteration {run.max_iter} in {folder / 'metrics.json'}")
@@ -106,7 +101,9 @@ def make_record(run: Run, folder: str | os.PathLike, command: str, threads: int)
         # COCO's AP is NaN where nothing at all was detected; as a result that is 0.
         values = [(i, 0.0 if math.isnan(ap) else ap) for i, ap in series]
         curves[task] = [[min(i + 1, run.max_iter), round(seconds(i), 1), ap] for i, ap in values]
-    sessions = _sessions(folder / "sessions.jsonl")
+    log = folder / "sessions.jsonl"  # a line of each process: one more after every interruption
+    sessions = list(map(json.loads, log.read_text().splitlines())) if log.is_file() else []
+    kind = "compiled" if has_compiled_ops() else "pure Python"
     memory = max((s["memory_mb"] for s in sessions), default=None)
     return {
         "format": FORMAT,
@@ -130,7 +127,12 @@ def make_record(run: Run, folder: str | os.PathLike, command: str, threads: int)
         "memory_kind": sessions[-1]["memory_kind"] if sessions else None,
         "hardware": sessions[-1]["hardware"] if sessions else platform.machine(),
         "threads": threads,
-        "versions": _versions(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "detectron2": f"{detectron2.__version__} ({kind})",
+            "platform": sys.platform,
+        },
         "git": _git_revision(),
         "command": command,
         "finished": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -154,33 +156,9 @@ def _thin(series: list[tuple[int, float]]) -> list[list[float]]:
     return [[round(float(i)), float(f"{value:.4g}")] for i, value in means]
 
 
-def _sessions(path: Path) -> list[dict]:
-    """What each process of a run (one more after every interruption) said on leaving."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line]
-
-
-def _versions() -> dict:
-    kind = "compiled" if has_compiled_ops() else "pure Python"
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "detectron2": f"{detectron2.__version__} ({kind})",
-        "platform": sys.platform,
-    }
-
-
 def _git_revision() -> str:
     root = Path(__file__).resolve().parents[2]
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=10"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
+    return "unknown"

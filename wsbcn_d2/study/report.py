@@ -4,7 +4,7 @@ import base64
 import html
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,13 +53,15 @@ code, pre { background: #f4f4f4; padding: .1em .3em } pre { overflow-x: auto; pa
 _GAP = 8  # between truth and prediction in draw_predictions's pictures
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    cells = "".join(f"<th>{html.escape(text)}</th>" for text in head)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(x))}</td>" for x in line) + "</tr>\n"
-        for line in lines
-    )
-    return f'<div class="scroll"><table><tr>{cells}</tr>\n{rows}</table></div>\n'
+def _row(cells: Iterable, tag: str = "td") -> str:
+    """A line of a table, of cells in HTML."""
+    return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>\n"
+
+
+def _table(head: Iterable[str], lines: Iterable[Iterable]) -> str:
+    rows = "".join(_row(html.escape(str(cell)) for cell in line) for line in lines)
+    head = _row(map(html.escape, head), "th")
+    return f'<div class="scroll"><table>{head}{rows}</table></div>\n'
 
 
 def _image(content: bytes, kind: str, alt: str) -> str:
@@ -93,57 +95,47 @@ def _find_pictures(records: Sequence[dict], root: Path) -> dict[tuple[str, int],
 
 
 def _showcase(records: Sequence[dict], root: Path, name: str) -> Figure:
-    paths = [
-        (variant, found[name])
-        for (variant, _), found in _find_pictures(records, root).items()
-        if name in found
-    ]
-    if not paths:
+    found = _find_pictures(records, root).items()
+    halves = {variant: _halves(paths[name]) for (variant, _), paths in found if name in paths}
+    if not halves:
         raise ValueError(f"no run here has a picture {name}")
-    strip = {"ground truth": _halves(paths[0][1])[0]}
-    return showcase(records, strip | {variant: _halves(path)[1] for variant, path in paths})
+    strip = {"ground truth": next(iter(halves.values()))[0]}
+    return showcase(records, strip | {variant: shown for variant, (_, shown) in halves.items()})
 
 
 def _pictures(records: Sequence[dict], root: Path) -> str:
     """A table of pictures: one line per validation image, a column per variant."""
     found = _find_pictures(records, root)
-    columns = {f"{variant}, {images} img": paths for (variant, images), paths in found.items()}
-    if not columns:
+    if not found:
         return '<p class="note">None: the runs were recorded on another machine.</p>\n'
-    common = sorted(set.intersection(*(set(paths) for paths in columns.values())))
-    names = "".join(f"<th>{html.escape(name)}</th>" for name in ["ground truth", *columns])
-    lines = []
-    for name in common:
-        truth = _halves(next(iter(columns.values()))[name])[0]
-        found = [_halves(paths[name])[1] for paths in columns.values()]
-        images = [_image(_jpeg(pixels), "jpeg", name) for pixels in (truth, *found)]
-        lines.append("<tr>" + "".join(f"<td>{image}</td>" for image in images) + "</tr>\n")
-    body = f'<table class="grid"><tr>{names}</tr>\n{"".join(lines)}</table>'
-    return f'<div class="scroll">{body}</div>\n'
+    columns = [f"{variant}, {images} img" for variant, images in found]
+    lines = [_row(map(html.escape, ["ground truth", *columns]), "th")]
+    for name in sorted(set.intersection(*map(set, found.values()))):
+        halves = [_halves(paths[name]) for paths in found.values()]
+        pixels = [halves[0][0], *(prediction for _, prediction in halves)]
+        lines.append(_row(_image(_jpeg(x), "jpeg", name) for x in pixels))
+    return f'<div class="scroll"><table class="grid">{"".join(lines)}</table></div>\n'
 
 
 def _provenance(records: Sequence[dict], command: str) -> str:
     def distinct(values):
         return "; ".join(dict.fromkeys(str(value) for value in values))
 
-    total = sum(record["wall_seconds"] for record in records)
-    lines = [
-        ("runs", len(records)),
-        ("seeds", distinct(sorted({record["seed"] for record in records}))),
-        ("run time", f"{total / 3600:.2f} hours, summed over runs that may share the machine"),
-        (
-            "hardware",
-            distinct(f"{r['hardware']}, {r['threads']} thread(s) per run" for r in records),
-        ),
-        ("memory", distinct(r["memory_kind"] for r in records if r["memory_kind"])),
-        *(
-            (name, distinct(record["versions"].get(name) for record in records))
+    hours = sum(record["wall_seconds"] for record in records) / 3600
+    lines = {
+        "runs": len(records),
+        "seeds": distinct(sorted(record["seed"] for record in records)),
+        "run time": f"{hours:.2f} hours, summed over runs that may share the machine",
+        "hardware": distinct(f"{r['hardware']}, {r['threads']} thread(s) per run" for r in records),
+        "memory": distinct(r["memory_kind"] for r in records if r["memory_kind"]),
+        **{
+            name: distinct(record["versions"].get(name) for record in records)
             for name in ("python", "torch", "detectron2")
-        ),
-        ("git", distinct(record["git"] for record in records)),
-        ("dates", distinct(sorted({record["finished"] for record in records}))),
-    ]
-    return f"<pre>{html.escape(command)}</pre>\n" + _table(("", ""), lines)
+        },
+        "git": distinct(record["git"] for record in records),
+        "dates": distinct(sorted(record["finished"] for record in records)),
+    }
+    return f"<pre>{html.escape(command)}</pre>\n" + _table(("", ""), lines.items())
 
 
 def write_report(
@@ -178,12 +170,13 @@ def write_report(
         raise ValueError("no run has finished: nothing to report")
     root = Path(root)
     rows, pairs = summarize(records), compare_pairs(records)
-    parts = [f"<h1>{html.escape(title)}</h1>\n", _table(*table(rows))]
-    parts.append(
+    parts = [
+        f"<h1>{html.escape(title)}</h1>\n",
+        _table(*table(rows)),
         '<p class="note">AP: mean ± half of the 95 % interval over seeds (Student\'s t). Learning '
         "rate and iterations follow the images per step by the linear rule, so that every run of "
-        "a schedule sees the same images. Step time is the median; memory the peak.</p>\n"
-    )
+        "a schedule sees the same images. Step time is the median; memory the peak.</p>\n",
+    ]
     if pairs:
         parts.append(f"<h2>Differences, paired by seed</h2>\n{_table(*pairs_table(pairs))}")
         parts.append(f'<p class="note">{html.escape(_PAIRED)}</p>\n')
@@ -204,17 +197,11 @@ def write_report(
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
         f"<body>\n{''.join(parts)}</body></html>\n"
     )
-    text = to_markdown(rows)
+    files = {"results.md": to_markdown(rows), "results.csv": summary_csv(rows)}
     if pairs:
-        text += f"\n{pairs_markdown(pairs)}"
-        _write(root / "pairs.csv", pairs_csv(pairs))
-    _write(root / "results.md", text)
-    _write(root / "results.csv", summary_csv(rows))
-    _write(root / "runs.csv", runs_csv(records))
-    return _write(root / "report.html", page)
-
-
-def _write(path: Path, text: str) -> Path:
-    with replacing(path) as part:
-        Path(part).write_text(text)
-    return path
+        files["results.md"] += f"\n{pairs_markdown(pairs)}"
+        files["pairs.csv"] = pairs_csv(pairs)
+    for name, text in {**files, "runs.csv": runs_csv(records), "report.html": page}.items():
+        with replacing(root / name) as part:
+            Path(part).write_text(text)
+    return root / "report.html"

@@ -134,14 +134,14 @@ def run_all(
         if isinstance(ended, Failure):
             failures.append(ended)
             tqdm.write(f"failed: {run.name}: {ended.reason} (see {ended.log})")
-            return
-        on_record(ended)
-        figures = ", ".join(f"{k} AP {v:.1f}" for k, v in ended["final_ap"].items())
-        tqdm.write(f"done: {run.name}: {figures}")
+        else:
+            on_record(ended)
+            figures = ", ".join(f"{k} AP {v:.1f}" for k, v in ended["final_ap"].items())
+            tqdm.write(f"done: {run.name}: {figures}")
 
     total = sum(run.max_iter * run.images_per_step for run in runs)
     bar = progress(total=total, desc="images", unit="img", smoothing=0.05, disable=not runs)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while waiting or active:
             while waiting and len(active) < jobs:
@@ -158,9 +158,7 @@ def run_all(
                 if item.process.poll() is None:
                     continue
                 active.remove(item)
-                ended = _finish(item, root, repeat_of(item.run), threads)
-                if not isinstance(ended, Failure) and not keep_checkpoints:
-                    _remove_checkpoints(item.folder)
+                ended = _finish(item, root, repeat_of(item.run), threads, keep_checkpoints)
                 item.lock.close()
                 settle(item.run, ended)
             # Without a refresh, which would print a line each time where there is no terminal.
@@ -172,10 +170,6 @@ def run_all(
         signal.signal(signal.SIGTERM, previous)
         bar.close()
     return failures
-
-
-def _interrupt(signum, frame):
-    raise KeyboardInterrupt
 
 
 def _start(run: Run, root: Path, command_of, env: dict[str, str]) -> _Process | dict | Failure:
@@ -193,7 +187,7 @@ def _start(run: Run, root: Path, command_of, env: dict[str, str]) -> _Process | 
     return _Process(run, folder, command_of(run, folder), env, lock)
 
 
-def _finish(item: _Process, root: Path, repeat: str, threads: int) -> dict | Failure:
+def _finish(item: _Process, root: Path, repeat: str, threads: int, keep: bool) -> dict | Failure:
     if item.process.returncode:
         return Failure(item.run, item.reason(), str(item.log))
     try:
@@ -201,10 +195,8 @@ def _finish(item: _Process, root: Path, repeat: str, threads: int) -> dict | Fai
     except (OSError, ValueError, KeyError) as error:
         return Failure(item.run, f"no result: {error}", str(item.log))
     write_record(record, root / "records" / f"{item.run.name}.json")
+    if not keep:
+        for path in [*item.folder.glob("model_*.pth"), item.folder / "last_checkpoint"]:
+            path.unlink(missing_ok=True)
+        shutil.rmtree(item.folder / "inference", ignore_errors=True)
     return record
-
-
-def _remove_checkpoints(folder: Path) -> None:
-    for path in [*folder.glob("model_*.pth"), folder / "last_checkpoint"]:
-        path.unlink(missing_ok=True)
-    shutil.rmtree(folder / "inference", ignore_errors=True)

@@ -11,11 +11,7 @@ __all__ = ["Difference", "mean_interval", "paired_difference", "t_quantile"]
 
 
 def t_quantile(degrees: int) -> float:
-    """97.5 % quantile of Student's t distribution.
-
-    Args:
-        degrees: degrees of freedom, at least 1.
-    """
+    """97.5 % quantile of Student's t distribution, with at least 1 degree of freedom."""
     if degrees < 1:
         raise ValueError(f"Student's t needs at least 1 degree of freedom, got {degrees}")
     return float(stdtrit(degrees, 0.975))

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,10 +14,13 @@ __all__ = [
     "Row",
     "differences",
     "group",
+    "interval_columns",
     "markdown",
     "runs_csv",
     "summarize",
     "summary_csv",
+    "task_label",
+    "tasks_of",
     "text_csv",
     "to_markdown",
 ]
@@ -50,12 +54,14 @@ class Row:
     memory_mb: float | None
 
 
-def _median(values: Sequence[float | None]) -> float | None:
-    known = sorted(v for v in values if v is not None)
-    if not known:
-        return None
-    middle = len(known) // 2
-    return known[middle] if len(known) % 2 else (known[middle - 1] + known[middle]) / 2
+def task_label(task: str) -> str:
+    """What a task's result is called."""
+    return TASKS.get(task, f"{task} AP")
+
+
+def tasks_of(rows: Sequence) -> list[str]:
+    """Tasks that any row, or pair, has a result of."""
+    return sorted({task for row in rows for task in row.ap})
 
 
 def group(records: Sequence[dict]) -> dict[tuple[str, int], list[dict]]:
@@ -72,6 +78,10 @@ def summarize(records: Sequence[dict]) -> list[Row]:
     rows = []
     for (variant, images), members in group(records).items():
         tasks = [task for task in members[0]["final_ap"] if all(task in m["ap"] for m in members)]
+        costs = {}
+        for name in ("step_seconds", "train_seconds", "memory_mb"):
+            known = [m[name] for m in members if m[name] is not None]
+            costs[name] = statistics.median(known) if known else None
         rows.append(
             Row(
                 variant,
@@ -80,16 +90,10 @@ def summarize(records: Sequence[dict]) -> list[Row]:
                 members[0]["learning_rate"],
                 tuple(sorted(m["seed"] for m in members)),
                 {task: mean_interval([m["final_ap"][task] for m in members]) for task in tasks},
-                _median([m["step_seconds"] for m in members]),
-                _median([m["train_seconds"] for m in members]),
-                _median([m["memory_mb"] for m in members]),
+                **costs,
             )
         )
     return rows
-
-
-def _tasks(rows: Sequence[Row]) -> list[str]:
-    return sorted({task for row in rows for task in row.ap})
 
 
 def _interval(value: tuple[float, float | None] | None) -> str:
@@ -105,8 +109,8 @@ def _number(value: float | None, form: str) -> str:
 
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Head and cells of the summary, as text."""
-    tasks = _tasks(rows)
-    head = ["variant", "images/step", *(TASKS.get(task, f"{task} AP") for task in tasks)]
+    tasks = tasks_of(rows)
+    head = ["variant", "images/step", *map(task_label, tasks)]
     head += ["seeds", "iterations", "learning rate", "s/step", "training s", "memory MB"]
     cells = [
         [
@@ -144,21 +148,23 @@ def text_csv(lines: Sequence[Sequence]) -> str:
     return text.getvalue()
 
 
+def interval_columns(results: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of a CSV file's columns with mean and half width of each task's interval."""
+    tasks = sorted({task for result in results for task in result})
+    head = [f"{task}_ap_{what}" for task in tasks for what in ("mean", "ci95")]
+    lines = [[x for task in tasks for x in result.get(task, (None, None))] for result in results]
+    return head, [["" if x is None else f"{x:.3f}" for x in line] for line in lines]
+
+
 def summary_csv(rows: Sequence[Row]) -> str:
     """The summary with mean and half width of the interval in columns of their own."""
-    tasks = _tasks(rows)
-    head = ["variant", "images_per_step"]
-    head += [f"{task}_ap_{what}" for task in tasks for what in ("mean", "ci95")]
-    head += ["seeds", "max_iter", "learning_rate", "step_seconds", "train_seconds", "memory_mb"]
-    lines = [head]
-    for row in rows:
-        figures = [x for task in tasks for x in row.ap.get(task, (None, None))]
-        figures = ["" if x is None else f"{x:.3f}" for x in figures]
-        lines.append(
-            [row.variant, row.images_per_step, *figures, " ".join(map(str, row.seeds))]
-            + [row.max_iter, row.learning_rate]
-            + [row.step_seconds, row.train_seconds, row.memory_mb]
-        )
+    rest = ("max_iter", "learning_rate", "step_seconds", "train_seconds", "memory_mb")
+    head, figures = interval_columns([row.ap for row in rows])
+    lines = [["variant", "images_per_step", *head, "seeds", *rest]]
+    for row, intervals in zip(rows, figures, strict=True):
+        seeds = " ".join(map(str, row.seeds))
+        values = [getattr(row, name) for name in rest]
+        lines.append([row.variant, row.images_per_step, *intervals, seeds, *values])
     return text_csv(lines)
 
 

@@ -18,7 +18,7 @@ pytest.importorskip("triton", "3.4", reason="Triton 3.4 or newer is not installe
 import aot
 
 from wsbcn_d2 import BatchChannelNorm2d, WSConv2d
-from wsbcn_d2.layers.kernels import dispatch, triton_bcn, triton_ws
+from wsbcn_d2.layers.kernels import build, dispatch, triton_bcn, triton_nodes, triton_ws
 from wsbcn_d2.layers.kernels import triton_launch as launch
 
 ROOT = Path(__file__).parents[3]
@@ -26,7 +26,9 @@ BCN = ["moments", "settle", "apply", "sums", "settle_backward", "combine"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["check_bcn", "check_ws", "check_layers", "check_gpu_check"])
+@pytest.mark.parametrize(
+    "name", ["check_bcn", "check_ws", "check_layers", "check_nodes", "check_gpu_check"]
+)
 def test_interpreted(name, pytestconfig):
     """The interpreter is chosen before Triton is imported, hence the process."""
     path = ROOT / "tests/layers/kernels/interpreted" / f"{name}.py"
@@ -352,3 +354,53 @@ def test_layers_compile_no_graphs_of_their_own(monkeypatch):
 
     assert len(aot.recorded(monkeypatch, run)) == 3 * 4 * 8
     assert not any(counters.values())
+
+
+def test_without_a_compiler_python_serves_and_says_so(monkeypatch, caplog):
+    def fail(name):
+        raise OSError("there is no C++ compiler (c++, g++ or $CXX)")
+
+    monkeypatch.setattr(build, "load_module", fail)
+    triton_nodes.nodes.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert triton_nodes.nodes() is None and triton_bcn.nodes() is None
+        (record,) = caplog.records  # one, however often it is asked
+        assert "three times the host time" in record.message and "no C++ compiler" in record.message
+        monkeypatch.setattr(torch.version, "hip", "6.0")
+        triton_nodes.nodes.cache_clear()
+        assert triton_nodes.nodes() is None and len(caplog.records) == 1  # not for ROCm
+    finally:
+        triton_nodes.nodes.cache_clear()
+
+
+def test_only_kernels_of_the_expected_kind_are_launched_without_python():
+    """The nodes pass pointers, a rate and sizes, and nothing else that Triton may want."""
+
+    def made(signature, **special):
+        about = {
+            "global_scratch_size": 0, "profile_scratch_size": 0, "num_ctas": 1,
+            "launch_cooperative_grid": False, "launch_pdl": False, "shared": 512,
+        }  # fmt: skip
+        return SimpleNamespace(
+            src=SimpleNamespace(signature=dict(enumerate(signature))), function=7, run=print,
+            packed_metadata=(), metadata=SimpleNamespace(**{**about, **special}),
+        )  # fmt: skip
+
+    usual = ["*fp32", "*fp16", "constexpr", "fp64", "i32", "i32"]
+
+    def plain(made):
+        form = launch._Code(None, 4, ())
+        form.keep(made, 6)
+        return form.plain
+
+    assert plain(made(usual)) == (7, 128, 512)
+    assert plain(made([*usual[:3], "i32", "i32", "constexpr"])) == (7, 128, 512)
+    for other in ("fp32", "i64", "*i32"):
+        assert plain(made([*usual[:4], other, "i32"])) is None
+    assert plain(made(usual[:5])) is None
+    for name in ("global_scratch_size", "profile_scratch_size", "launch_pdl"):
+        assert plain(made(usual, **{name: 1})) is None
+    assert plain(made(usual, launch_cooperative_grid=True)) is None
+    assert plain(made(usual, num_ctas=2)) is None
+    assert plain(None) is None

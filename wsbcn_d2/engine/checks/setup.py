@@ -15,7 +15,8 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from ...checkpoint import LoadExpectation, WSBCNCheckpointer, split_options
-from ...config import UsageError, one_line
+from ...config import UsageError, refusing
+from ...data.checks import Wanted, check_sets
 from ...modeling.recomputation import modules_named
 from ..from_config import estimate_hooks
 
@@ -24,7 +25,7 @@ __all__ = ["Keys", "Setup", "check_datasets", "check_setup"]
 
 @dataclass(frozen=True)
 class Keys:
-    """What the config calls the things that are checked, for messages."""
+    """What the config calls the things that are checked."""
 
     train: str = "DATASETS.TRAIN"
     test: str = "DATASETS.TEST"
@@ -35,42 +36,39 @@ class Keys:
     weights: str = "MODEL.WEIGHTS"
     freeze: str = "MODEL.BACKBONE.FREEZE_AT"
     estimates: str = "MODEL.BCN"
+    output_dir: str = "OUTPUT_DIR"
 
 
-@dataclass(frozen=True)
 class Setup:
-    """What is checked of a run, read off its config.
+    """What is checked of a run, read off its config; one subclass for each kind of config."""
 
-    Attributes:
-        keys: names in messages.
-        train, test: names of the data sets.
-        images: per step, over all processes.
-        reference: number of processes that ``images`` is meant for; 0 for any.
-        accumulate: micro-batches that a process's images are split into.
-        recompute: patterns of modules to recompute in backward.
-        weights: path, URL or "".
-        output_dir: where a checkpoint to resume from would be.
-        estimates: keyword arguments of :func:`estimate_hooks`.
-        model: builds the model, or raises :class:`UsageError`.
-        training: is given the model and builds what training alone needs.
-        data: looks at the data sets; is told whether there is training.
-        expected: is given the model and says what the weights have to be.
-    """
+    keys = Keys()
 
-    keys: Keys
-    train: Iterable[str]
-    test: Iterable[str]
-    images: int
-    reference: int
-    accumulate: int
-    recompute: Iterable[str]
-    weights: str
-    output_dir: str
-    estimates: dict
-    model: Callable[[], nn.Module]
-    training: Callable[[nn.Module], object]
-    data: Callable[[bool], object]
-    expected: Callable[[nn.Module], LoadExpectation]
+    def __init__(self, cfg: dict):
+        self.cfg = cfg
+
+    def value(self, key: str, default: object = None) -> object:
+        """What the config says under a name of ``keys``; the default where it says nothing."""
+
+    def names(self, key: str) -> list[str]:
+        """The data sets under a key, which may be a single one."""
+        names = self.value(key, [])
+        return [names] if isinstance(names, str) else list(names)
+
+    def estimates(self) -> dict:
+        """Keyword arguments of :func:`estimate_hooks`."""
+
+    def model(self) -> nn.Module:
+        """Build the model, or raise :class:`UsageError`."""
+
+    def training(self, model: nn.Module) -> None:
+        """Build what training alone needs."""
+
+    def wanted(self, training: bool) -> Wanted:
+        """What the data sets have to be; raises :class:`UsageError` for nonsense."""
+
+    def expected(self, model: nn.Module) -> LoadExpectation:
+        """What the weights have to be."""
 
 
 def check_setup(
@@ -91,34 +89,31 @@ def check_setup(
         UsageError, CheckpointError, DataError: for the first thing found.
     """
     keys = setup.keys
-    wanted = (setup.test, keys.test) if eval_only else (setup.train, keys.train)
-    if not wanted[0]:
-        raise UsageError(f"{wanted[1]} is empty: name a data set")
+    train, test = [] if eval_only else setup.names(keys.train), setup.names(keys.test)
+    if not (test if eval_only else train):
+        raise UsageError(f"{keys.test if eval_only else keys.train} is empty: name a data set")
+    check_datasets(train, keys.train)
     if not eval_only:
-        check_datasets(setup.train, keys.train)
         _check_batch(setup, world_size)
-    check_datasets(setup.test, keys.test)
-    weights = setup.weights
-    resumes = resume and PathManager.exists(os.path.join(setup.output_dir, "last_checkpoint"))
+    check_datasets(test, keys.test)
+    weights = setup.value(keys.weights)
+    folder = setup.value(keys.output_dir)
+    resumes = resume and PathManager.exists(os.path.join(folder, "last_checkpoint"))
     if resumes:
         weights = ""
     _check_weights(weights, keys.weights)
-    try:
-        estimate_hooks(**setup.estimates)
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{keys.estimates}: {one_line(error)}") from error
+    with refusing(f"{keys.estimates}: ", ValueError, TypeError):
+        estimate_hooks(**setup.estimates())
     model = _on_meta(setup.model)
     if not eval_only:
         if not weights and not resumes:
             _check_frozen(model, keys)
         setup.training(model)
-        try:
-            modules_named(model, setup.recompute)
-        except ValueError as error:
-            raise UsageError(f"{keys.recompute}: {one_line(error)}") from error
+        with refusing(f"{keys.recompute}: ", ValueError):
+            modules_named(model, setup.value(keys.recompute, []))
     if weights and "://" not in weights:  # others are fetched, and checked then
         WSBCNCheckpointer(model, expected=setup.expected(model)).check(weights)
-    setup.data(not eval_only)
+    check_sets(train, test, setup.wanted(not eval_only))
 
 
 def check_datasets(names: Iterable[str], key: str) -> None:
@@ -151,23 +146,24 @@ def check_datasets(names: Iterable[str], key: str) -> None:
 
 def _check_batch(setup: Setup, world_size: int) -> None:
     """Refuse a batch that does not split evenly over the processes and their micro-batches."""
-    keys, images = setup.keys, setup.images
-    if setup.reference:
-        if images % setup.reference:
+    keys = setup.keys
+    images, reference = setup.value(keys.images), setup.value(keys.reference, 0)
+    if reference:
+        if images % reference:
             raise UsageError(
-                f"{keys.images} {images} cannot be split over {keys.reference} {setup.reference} "
+                f"{keys.images} {images} cannot be split over {keys.reference} {reference} "
                 "processes: make it a multiple"
             )
-        images = images // setup.reference * world_size  # the images per process stay the same
+        images = images // reference * world_size  # the images per process stay the same
     if images < 1 or images % world_size:
         raise UsageError(
             f"{keys.images} {images} cannot be split over {world_size} processes: make it a "
             f"positive multiple of {world_size}"
         )
-    each = images // world_size
-    if not 1 <= setup.accumulate <= each:
+    each, accumulate = images // world_size, setup.value(keys.accumulate, 1)
+    if not 1 <= accumulate <= each:
         raise UsageError(
-            f"{keys.accumulate} {setup.accumulate} cannot split the {each} images of a process's "
+            f"{keys.accumulate} {accumulate} cannot split the {each} images of a process's "
             f"step: make it 1 to {each}, or {keys.images} larger"
         )
 

@@ -8,10 +8,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ...checkpoint import LoadExpectation
-from ...config import UsageError, one_line
-from ...data.checks import Wanted, check_sets
+from ...config import UsageError, refusing
+from ...data.checks import Wanted
 from ..checks import Setup, check_setup
-from .reading import KEYS, estimates_of, names_of, resumed_schedule_of
+from .reading import KEYS, resumed_schedule_of
 
 __all__ = ["check_lazy_config"]
 
@@ -28,64 +28,55 @@ def check_lazy_config(
     Raises:
         UsageError, CheckpointError, DataError: for the first thing found.
     """
+    check_setup(_LazySetup(cfg), world_size=world_size, eval_only=eval_only, resume=resume)
 
-    def training(model):
+
+class _LazySetup(Setup):
+    keys = KEYS
+
+    def value(self, key, default=None):
+        return OmegaConf.select(self.cfg, key, default=default)
+
+    def estimates(self):
+        return self.cfg.train.get("bcn", {})
+
+    def model(self):
+        return _built(self.cfg, "model")
+
+    def training(self, model):
+        cfg = self.cfg
         _check_milestones(cfg)
         _built(cfg, "lr_multiplier")
         optimizer = copy.deepcopy(cfg.optimizer)
         optimizer.params.model = model
         built = _built({"optimizer": optimizer}, "optimizer")
-        try:
+        with refusing("", ValueError):
             resumed_schedule_of(cfg, built)
-        except ValueError as error:
-            raise UsageError(one_line(error)) from error
 
-    def expected(model):
+    def expected(self, model):
         for name in ("pixel_mean", "pixel_std"):  # the model has no numbers on the meta device
-            if name in cfg.model:
-                setattr(model, name, torch.tensor(list(cfg.model[name])))
+            if name in self.cfg.model:
+                setattr(model, name, torch.tensor(list(self.cfg.model[name])))
         return LoadExpectation.from_model(model)
 
-    setup = Setup(
-        KEYS,
-        train=names_of(cfg, "train"),
-        test=names_of(cfg, "test"),
-        images=cfg.dataloader.train.total_batch_size,
-        reference=cfg.train.get("reference_world_size", 0),
-        accumulate=cfg.train.get("accumulate", 1),
-        recompute=cfg.train.get("recompute", []),
-        weights=cfg.train.init_checkpoint,
-        output_dir=cfg.train.output_dir,
-        estimates=estimates_of(cfg),
-        model=lambda: _built(cfg, "model"),
-        training=training,
-        data=lambda train: check_sets(
-            names_of(cfg, "train") if train else (), names_of(cfg, "test"), _wanted(cfg)
-        ),
-        expected=expected,
-    )
-    check_setup(setup, world_size=world_size, eval_only=eval_only, resume=resume)
-
-
-def _wanted(cfg: DictConfig) -> Wanted:
-    """What a Python config says of its data."""
-    heads = cfg.model.get("roi_heads", {})
-    inside = "num_classes" in heads
-    mapper = cfg.dataloader.train.mapper
-    limits = list(mapper.get("limits", []))
-    mapper = mapper.get("mapper", mapper)  # of a RangeMapper
-    keypoints = heads.get("keypoint_head", {}).get("num_keypoints", 0)
-    return Wanted(
-        classes=heads.num_classes if inside else cfg.model.get("num_classes"),
-        masks="mask_head" in heads,
-        mask_format=mapper.get("instance_mask_format", "bitmask"),
-        keypoints=keypoints,
-        sigmas=len(cfg.dataloader.evaluator.get("kpt_oks_sigmas", ())),
-        picture_range=limits,
-        classes_key="model.roi_heads.num_classes" if inside else "model.num_classes",
-        masks_key="model.roi_heads.mask_head",
-        format_key="dataloader.train.mapper.instance_mask_format",
-    )
+    def wanted(self, training):
+        cfg = self.cfg
+        heads = cfg.model.get("roi_heads", {})
+        inside = "num_classes" in heads
+        mapper = cfg.dataloader.train.mapper
+        limits = list(mapper.get("limits", []))
+        mapper = mapper.get("mapper", mapper)  # of a RangeMapper
+        return Wanted(
+            classes=heads.num_classes if inside else cfg.model.get("num_classes"),
+            masks="mask_head" in heads,
+            mask_format=mapper.get("instance_mask_format", "bitmask"),
+            keypoints=heads.get("keypoint_head", {}).get("num_keypoints", 0),
+            sigmas=len(cfg.dataloader.evaluator.get("kpt_oks_sigmas", ())),
+            picture_range=limits,
+            classes_key="model.roi_heads.num_classes" if inside else "model.num_classes",
+            masks_key="model.roi_heads.mask_head",
+            format_key="dataloader.train.mapper.instance_mask_format",
+        )
 
 
 def _check_milestones(cfg: DictConfig) -> None:
@@ -102,10 +93,6 @@ def _check_milestones(cfg: DictConfig) -> None:
 
 
 def _built(cfg: DictConfig, part: str) -> object:
-    try:
+    wrong = (KeyError, ValueError, AssertionError, AttributeError, TypeError)
+    with refusing(f"{part} cannot be built: ", *wrong, OmegaConfBaseException):
         return instantiate(cfg[part])
-    except (
-        *(KeyError, ValueError, AssertionError, AttributeError, TypeError),
-        OmegaConfBaseException,
-    ) as error:
-        raise UsageError(f"{part} cannot be built: {one_line(error)}") from error

@@ -6,16 +6,15 @@ from collections.abc import Iterable
 
 import torch
 from detectron2.config import LazyConfig
-from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from ...config import UsageError, one_line
+from ...config import UsageError, check_file, one_line, refusing
 from ...data import register_coco_sets
 from ...safe_yaml import read_yaml
 from ..checks import Keys
 from ..hooks import ResumedSchedule
 
-__all__ = ["KEYS", "estimates_of", "load_lazy_config", "names_of", "resumed_schedule_of"]
+__all__ = ["KEYS", "load_lazy_config", "resumed_schedule_of"]
 
 
 _PARTS = ("dataloader", "lr_multiplier", "model", "optimizer", "train")
@@ -30,6 +29,7 @@ KEYS = Keys(
     weights="train.init_checkpoint",
     freeze="freeze_at of model.backbone",
     estimates="train.bcn",
+    output_dir="train.output_dir",
 )
 """What a Python config calls the things that are checked."""
 
@@ -53,10 +53,7 @@ def load_lazy_config(config_file: str, overrides: Iterable[str] = ()) -> DictCon
         UsageError: for a missing file, one that cannot be read or lacks a part, or an override
             of a key that the config does not have.
     """
-    if not config_file:
-        raise UsageError("no config given: say --config-file FILE")
-    if not PathManager.isfile(config_file):
-        raise UsageError(f"config file {config_file!r} not found: check --config-file")
+    check_file(config_file)
     stock_import = builtins.__import__
     try:
         if config_file.endswith((".yaml", ".yml")):
@@ -73,14 +70,11 @@ def load_lazy_config(config_file: str, overrides: Iterable[str] = ()) -> DictCon
         raise UsageError(
             f"config file {config_file!r} defines no {', '.join(missing)}: see configs/lazy"
         )
-    try:
+    # Hydra's parser and OmegaConf have many kinds.
+    with refusing("command-line override: ", Exception, mend="; say KEY=VALUE"):
         overrides = list(overrides)
         _check_keys(cfg, overrides)
         cfg = LazyConfig.apply_overrides(cfg, overrides)
-    except UsageError:
-        raise
-    except Exception as error:  # Hydra's parser and OmegaConf have many kinds
-        raise UsageError(f"command-line override: {one_line(error)}; say KEY=VALUE") from error
     if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
         cfg.train.device = "cpu"
     sets = OmegaConf.to_container(OmegaConf.create(cfg.dataloader.get("coco_sets", [])))
@@ -103,19 +97,6 @@ def _check_keys(cfg: DictConfig, overrides: list[str]) -> None:
         close = difflib.get_close_matches(name, names, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else f"+{key}=... adds it"
         raise UsageError(f"command-line override: the config has no {key!r}: {hint}")
-
-
-def names_of(cfg: DictConfig, split: str) -> list[str]:
-    names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names", default=[])
-    return list(names) if isinstance(names, (list, tuple, ListConfig)) else [names]
-
-
-def estimates_of(cfg: DictConfig) -> dict:
-    """``train.bcn`` as the arguments of :func:`estimate_hooks`."""
-    bcn = cfg.train.get("bcn", {})
-    names = {"update_rate": "rate", "update_rate_schedule": "schedule", "sync_estimates": "sync"}
-    names["monitor_period"] = "monitor_period"
-    return {ours: bcn[theirs] for theirs, ours in names.items() if theirs in bcn}
 
 
 def resumed_schedule_of(cfg: DictConfig, optimizer: torch.optim.Optimizer) -> ResumedSchedule:

@@ -18,7 +18,7 @@ from ...modeling.recomputation import recompute
 from ..accumulate import accumulate
 from ..from_config import estimate_hooks
 from ..processes import set_up_process
-from .reading import estimates_of, load_lazy_config, resumed_schedule_of
+from .reading import load_lazy_config, resumed_schedule_of
 
 __all__ = ["auto_scale", "evaluate", "train", "train_net"]
 
@@ -121,7 +121,7 @@ def _hooks(cfg: DictConfig, trainer: SimpleTrainer, checkpointer: WSBCNCheckpoin
         resumed_schedule_of(cfg, trainer.optimizer),
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-        *estimate_hooks(**estimates_of(cfg)),
+        *estimate_hooks(**cfg.train.get("bcn", {})),
     ]
     if precise.get("enabled") and get_bn_modules(trainer.model):
         loader = instantiate(cfg.dataloader.train)  # one of its own, as in DefaultTrainer

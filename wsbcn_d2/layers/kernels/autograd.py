@@ -21,7 +21,9 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["fused_bcn", "fused_standardize"]
+from .triton_nodes import answers
+
+__all__ = ["fused_bcn", "fused_standardize", "gradients_of_bcn"]
 
 
 def fused_bcn(
@@ -57,6 +59,14 @@ def fused_bcn(
         Tensor of the shape of ``x``; of its type, or float32 where autocast has group norms
         return that (CUDA). Arithmetic is float32 at least.
     """
+    nodes = backend.nodes()
+    if nodes is not None:
+        y = nodes.bcn(
+            x, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_count, bn_eps, rate, eps,
+            readable,
+        )  # fmt: skip
+        if y is not None:
+            return y
     # What is not differentiated goes in one piece: apply() looks at each of its arguments.
     options = (backend, readable, bn_mean, bn_var, bn_count, bn_eps, rate, eps)
     return _apply(_FusedBCN, x, weight, bias, bn_weight, bn_bias, options)
@@ -99,14 +109,19 @@ class _FusedBCN(torch.autograd.Function):
         x, weight, bias, bn_weight, bn_bias, *saved = ctx.saved_tensors
         needed = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
-            mean, inverse = ctx.backend.bcn_constants(saved)
-            y = ctx.readable(x, weight, bias, bn_weight, bn_bias, mean, inverse, ctx.eps)
-            grads = _graph_of_grads(y, (x, weight, bias, bn_weight, bn_bias), needed, dy)
+            constants = ctx.backend.bcn_constants(saved)
+            inputs = x, weight, bias, bn_weight, bn_bias
+            grads = gradients_of_bcn(ctx.readable, dy, inputs, constants, ctx.eps, needed)
         else:
             needs = needed[0], needed[3] or needed[4]
             grads = ctx.backend.bcn_backward(dy, x, weight, bn_weight, bn_bias, tuple(saved), needs)
             grads = [g if need else None for g, need in zip(grads, needed, strict=True)]
         return *grads, None
+
+
+def gradients_of_bcn(readable, dy, inputs, constants, eps, needed):
+    """Gradients of BCN that can be differentiated again; None where none is needed."""
+    return _graph_of_grads(readable(*inputs, *constants, eps), inputs, needed, dy)
 
 
 def fused_standardize(
@@ -126,6 +141,11 @@ def fused_standardize(
         formula, eps: see :func:`wsbcn_d2.layers.standardize_weight`.
         dtype: type of the result, None for that of ``weight``.
     """
+    nodes = backend.nodes()
+    if nodes is not None:
+        out = nodes.ws(weight, formula, eps, dtype, readable)
+        if out is not None:
+            return out
     return _apply(_FusedWS, weight, (backend, readable, formula, eps, dtype))
 
 
@@ -142,11 +162,16 @@ class _FusedWS(torch.autograd.Function):
     def backward(ctx, dy):
         weight, *saved = ctx.saved_tensors
         if torch.is_grad_enabled():
-            y = ctx.readable(weight, *ctx.options)
-            (dw,) = _graph_of_grads(y, (weight,), (True,), dy)
+            (dw,) = ws_graph(ctx.readable, dy, weight, *ctx.options)
         else:
             dw = ctx.backend.ws_backward(dy, weight, tuple(saved), *ctx.options)
         return dw, None
+
+
+@answers
+def ws_graph(readable, dy, weight, formula, eps):
+    """The same of a standardized weight."""
+    return tuple(_graph_of_grads(readable(weight, formula, eps), (weight,), (True,), dy))
 
 
 def _graph_of_grads(y, inputs, needed, dy):

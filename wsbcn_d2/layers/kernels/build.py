@@ -1,25 +1,32 @@
-"""Building and loading ``cpu.cpp``.
+"""Building and loading ``cpu.cpp`` and ``triton_nodes.cpp``.
 
-The source includes no PyTorch header, so building takes a second or two; the result is kept
-in the user's cache folder (``$XDG_CACHE_HOME`` or ``~/.cache``, under ``wsbcn_d2``) by source,
-compiler, flags and processor.
+The first includes no PyTorch header, so building takes a second or two; the second, which a GPU
+alone needs, takes half a minute. Results are kept in the user's cache folder (``$XDG_CACHE_HOME``
+or ``~/.cache``, under ``wsbcn_d2``) by source, compiler, flags and processor.
 """
 
 import ctypes
 import hashlib
+import importlib.machinery
+import importlib.util
 import os
 import platform
 import shutil
 import subprocess
+import sysconfig
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
-__all__ = ["load"]
+import torch
 
-_SOURCE = Path(__file__).with_name("cpu.cpp")
+__all__ = ["load", "load_module"]
+
+_HERE = Path(__file__).parent
 # Last, after those of $CXX: fast mathematics has no NaN, which the estimates must be kept from.
 _FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"),
+    *("-std=c++17", "-O3", "-march=native", "-fopenmp"),
     *("-fno-fast-math", "-fno-finite-math-only", "-fno-unsafe-math-optimizations"),
 )
 
@@ -51,44 +58,76 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _build(real: str) -> Path:
-    """Path of the library for one type, compiled if the cache has none."""
+def _build(source: Path, flags: tuple[str, ...], libraries: tuple[str, ...] = ()) -> Path:
+    """Path of what a source is compiled to, which is done if the cache has none."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if not compiler:
         raise OSError("there is no C++ compiler (c++, g++ or $CXX)")
-    command = [*compiler.split(), *_FLAGS, f"-DREAL={real}"]
+    command = [*compiler.split(), "-fPIC", "-shared", *flags]
     version = subprocess.run(
         [command[0], "--version"], capture_output=True, text=True, check=True
     ).stdout
-    key = [_SOURCE.read_text("utf-8"), *command, version, platform.machine(), _processor()]
+    key = [source.read_text("utf-8"), *command, version, platform.machine(), _processor()]
     digest = hashlib.sha256("\0".join(key).encode()).hexdigest()[:16]
     folder = _cache_folder()
-    path = folder / f"kernels-{real}-{digest}.so"
+    path = folder / f"{source.stem}-{digest}.so"
     if not path.is_file():
         # Moved into place when complete: other processes build it at the same time.
         with tempfile.TemporaryDirectory(dir=folder) as work:
             made = Path(work) / path.name
             subprocess.run(
-                [*command, str(_SOURCE), "-o", str(made)],
-                capture_output=True, text=True, check=True, timeout=120,
+                [*command, str(source), "-o", str(made), *libraries],
+                capture_output=True, text=True, check=True, timeout=300,
             )  # fmt: skip
             made.replace(path)
     return path
 
 
+def _or_why(load: Callable, *args):
+    """load(*args), whatever goes wrong as an OSError of one line."""
+    try:
+        return load(*args)
+    # No home: RuntimeError. A library that does not fit: ImportError.
+    except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        reason = next((line for line in reason.splitlines() if "error" in line), reason)
+        raise OSError(reason.strip()) from error
+
+
 def load(real: str) -> ctypes.CDLL:
-    """The kernels for one type of C++.
+    """The kernels of ``cpu.cpp`` for one type of C++.
 
     Raises:
         OSError: if they cannot be built or loaded, with the reason in one line.
     """
-    try:
-        library = ctypes.CDLL(str(_build(real)))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # no home: RuntimeError
-        reason = getattr(error, "stderr", None) or str(error)
-        reason = next((line for line in reason.splitlines() if "error" in line), reason)
-        raise OSError(reason.strip()) from error
+    flags = *_FLAGS, f"-DREAL={real}"
+    library = _or_why(lambda: ctypes.CDLL(str(_build(_HERE / "cpu.cpp", flags))))
     for name, arguments in _ARGUMENTS.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
     return library
+
+
+def load_module(name: str) -> ModuleType:
+    """A Python module from a source of that name beside this file, which may use PyTorch.
+
+    Raises:
+        OSError: if it cannot be built or loaded, with the reason in one line.
+    """
+    home = Path(torch.__file__).parent
+    headers = home / "include", home / "include/torch/csrc/api/include"
+    flags = (
+        *("-std=c++20", "-O2", f"-DTORCH_VERSION={torch.__version__}"),
+        *(f"-I{folder}" for folder in (*headers, sysconfig.get_paths()["include"])),
+    )
+    # PyTorch has loaded its libraries already; their names are enough.
+    libraries = f"-L{home / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-lc10"
+
+    def find():
+        path = _build(_HERE / f"{name}.cpp", flags, libraries)
+        loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+        loader.exec_module(module)
+        return module
+
+    return _or_why(find)

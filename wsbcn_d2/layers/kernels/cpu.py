@@ -20,6 +20,7 @@ __all__ = [
     "bcn_forward",
     "failed",
     "load_kernels",
+    "nodes",
     "takes_bcn",
     "takes_ws",
     "ws_backward",
@@ -57,6 +58,10 @@ def load_kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
                     )
                 _libraries[dtype] = None
     return _libraries[dtype]
+
+
+def nodes() -> None:
+    """See :mod:`.dispatch`: none, Python's functions serve."""
 
 
 def failed(dtype: torch.dtype) -> bool:

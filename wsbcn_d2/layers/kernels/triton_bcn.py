@@ -16,11 +16,13 @@ import torch
 from triton import cdiv, next_power_of_2
 
 from . import triton_launch as launch
+from .autograd import gradients_of_bcn
 from .triton_bcn_backward import combine, settle_backward, sums
 from .triton_bcn_forward import apply, moments, settle
-from .triton_launch import Launch, dense
+from .triton_launch import Launch, dense, plan
+from .triton_nodes import answers, nodes
 
-__all__ = ["bcn_backward", "bcn_constants", "bcn_forward", "takes_bcn"]
+__all__ = ["bcn_backward", "bcn_constants", "bcn_forward", "nodes", "takes_bcn"]
 
 _HALF = (torch.float16, torch.bfloat16)
 _TYPES = (torch.float32, torch.float64)
@@ -48,6 +50,12 @@ def _fit(dtype: torch.dtype, numel: int, device: int, *tensors: torch.Tensor | N
 
 def takes_bcn(x, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_count) -> bool:
     """See :mod:`.dispatch`."""
+    if launch.on_gpu(x):
+        compiled = nodes()
+        if compiled is not None and compiled.takes_bcn(
+            x, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_count
+        ):
+            return True
     dtype, device, (n, channels, height, width) = weight.dtype, x.get_device(), x.shape
     groups = weight.numel()
     return (
@@ -155,18 +163,40 @@ def _is_last(x: torch.Tensor) -> bool:
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
+def _forward_of(x, weight, bn_weight, bn_bias, bn_count, dtype, bn_eps, eps) -> _Forward:
+    absent = bn_weight is None, bn_bias is None, bn_count is None
+    kinds = (x.device, x.dtype, dtype, weight.dtype, absent)
+    return _forward(x.shape, _is_last(x), weight.numel(), kinds, bn_eps, eps)
+
+
+def _backward_of(x, weight, bn_weight, bn_bias, dy, needs_bn) -> _Backward:
+    kinds = (
+        x.device, x.dtype, dy.dtype, weight.dtype, bn_weight is None, bn_bias is None, needs_bn,
+    )  # fmt: skip
+    return _backward(x.shape, _is_last(x), weight.numel(), kinds)
+
+
+@answers
+def bcn_forward_plan(*args):
+    run = _forward_of(*args)
+    return plan(run.kept[0], run.scratch, run.moments, run.settle, run.apply)
+
+
+@answers
+def bcn_backward_plan(*args):
+    run = _backward_of(*args)
+    return plan(0, run.scratch, run.sums, run.settle, run.combine)
+
+
 @launch.on_its_device
 def bcn_forward(
     x, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_count, bn_eps, rate, eps, dtype
 ):  # fmt: skip
     """See :mod:`.dispatch`."""
-    last = _is_last(x)
-    x = dense(x, last)
+    x = dense(x, _is_last(x))
     if rate is None:
         rate, bn_count = 0.0, None
-    absent = bn_weight is None, bn_bias is None, bn_count is None
-    kinds = (x.device, x.dtype, dtype, weight.dtype, absent)
-    run = _forward(x.shape, last, weight.numel(), kinds, bn_eps, eps)
+    run = _forward_of(x, weight, bn_weight, bn_bias, bn_count, dtype, bn_eps, eps)
     y, stats = torch.empty_like(x, dtype=dtype), weight.new_empty(run.kept)
     scratch, stream = weight.new_empty(run.scratch), launch.stream_of(x)
     run.moments(stream, x, scratch)
@@ -183,16 +213,25 @@ def bcn_constants(saved):
     return saved[0][0], saved[0][1]
 
 
+@answers
+def bcn_slowly(_, dy, x, weight, bias, bn_weight, bn_bias, stats, eps, needed):
+    needs = needed[0], needed[3] or needed[4]
+    return bcn_backward(dy, x, weight, bn_weight, bn_bias, (stats,), needs)
+
+
+@answers
+def bcn_graph(readable, dy, x, weight, bias, bn_weight, bn_bias, stats, eps, needed):
+    inputs = x, weight, bias, bn_weight, bn_bias
+    return tuple(gradients_of_bcn(readable, dy, inputs, bcn_constants((stats,)), eps, needed))
+
+
 @launch.on_its_device
 def bcn_backward(dy, x, weight, bn_weight, bn_bias, saved, needs):
     """See :mod:`.dispatch`."""
     (stats,), (needs_x, needs_bn) = saved, needs
     last = _is_last(x)
     x, dy = dense(x, last), dense(dy, last)
-    kinds = (
-        x.device, x.dtype, dy.dtype, weight.dtype, bn_weight is None, bn_bias is None, needs_bn,
-    )  # fmt: skip
-    run = _backward(x.shape, last, weight.numel(), kinds)
+    run = _backward_of(x, weight, bn_weight, bn_bias, dy, needs_bn)
     d_weight, d_bias, d_bn_weight, d_bn_bias = (
         torch.empty_like(weight),
         torch.empty_like(weight),

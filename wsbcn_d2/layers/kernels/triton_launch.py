@@ -8,11 +8,21 @@ where this Triton has it as expected; where it has not, Triton's own way serves 
 """
 
 import functools
+import re
 
 import torch
 import triton
 
-__all__ = ["INTERPRETED", "Launch", "dense", "on_gpu", "on_its_device", "stream_of", "trouble"]
+__all__ = [
+    "INTERPRETED",
+    "Launch",
+    "dense",
+    "on_gpu",
+    "on_its_device",
+    "plan",
+    "stream_of",
+    "trouble",
+]
 
 
 @triton.jit
@@ -98,11 +108,12 @@ def dense(x: torch.Tensor, last: bool) -> torch.Tensor:
 class _Code:
     """What Triton made of a kernel for given types and constants."""
 
-    __slots__ = ("constants", "function", "kernel", "metadata", "run", "warps")
+    __slots__ = ("constants", "function", "kernel", "metadata", "plain", "run", "warps")
 
     def __init__(self, kernel, warps: int, constants: tuple):
         self.kernel, self.warps, self.constants = kernel, warps, dict(constants)
         self.run = self.function = self.metadata = None
+        self.plain: tuple[int, int, int] | None = None  # (function, threads, shared memory)
 
     def launch(self, programs: int, aligned: bool, args: tuple) -> None:
         """Triton's own way, after which the direct one is known."""
@@ -118,17 +129,31 @@ class _Code:
             count: arguments and constants; Triton before 3.3 leaves the constants out.
         """
         try:
-            if len(made.src.signature) == count:
-                self.function, self.metadata = made.function, made.packed_metadata
-                self.run = made.run
-        except AttributeError:
-            self.run = None
+            types = [kind for kind in made.src.signature.values() if kind != "constexpr"]
+            if len(made.src.signature) != count:
+                return
+            self.function, self.metadata = made.function, made.packed_metadata
+            self.run, about = made.run, made.metadata
+            special = about.global_scratch_size, about.profile_scratch_size, about.num_ctas - 1
+            if any((*special, about.launch_cooperative_grid, about.launch_pdl)):
+                return
+        except AttributeError:  # another Triton, or its interpreter
+            return
+        # Pointers, perhaps a rate, sizes: what the nodes in C++ pass.
+        if re.fullmatch(r"(\*\w+ )+(fp64 )?(i32 )*", "".join(f"{kind} " for kind in types)):
+            self.plain = made.function, 32 * self.warps, about.shared
 
 
 @functools.cache
 def code(kernel, kinds: tuple, warps: int, constants: tuple) -> _Code:
     """The one form of a kernel for given types and constants."""
     return _Code(kernel, warps, constants)
+
+
+def plan(kept: int, scratch: int, *launches: "Launch") -> tuple | None:
+    """What :mod:`.triton_nodes` is to know of a pass; None while a launch is not compiled."""
+    plain = tuple(launch.plain() for launch in launches)
+    return None if None in plain else (kept, scratch, plain)
 
 
 class Launch:
@@ -148,6 +173,15 @@ class Launch:
         self._code = code(kernel, kinds, warps, tuple(constants.items()))
         self._programs, self._sizes = programs, sizes
         self._tail = (*sizes, *constants.values())
+
+    def plain(self) -> tuple | None:
+        """(function, programs, threads, shared memory, sizes) for a launch without Python.
+
+        Returns:
+            None if the kernel is not compiled yet, or needs more than that.
+        """
+        found = self._code.plain
+        return found and (found[0], self._programs, *found[1:], self._sizes)
 
     def __call__(self, stream: int | None, *args) -> None:
         """Launch.

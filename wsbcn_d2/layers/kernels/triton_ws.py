@@ -20,11 +20,12 @@ import triton
 import triton.language as tl
 
 from . import triton_launch as launch
-from .triton_launch import Launch, dense
+from .triton_launch import Launch, dense, plan
+from .triton_nodes import answers, nodes
 
-__all__ = ["takes_ws", "ws_backward", "ws_forward"]
+__all__ = ["nodes", "takes_ws", "ws_backward", "ws_forward"]
 
-_HALF = (torch.float16, torch.bfloat16)
+_TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Elements of filters in a program's registers: 32 a thread.
 _BLOCK = 8192
 
@@ -130,9 +131,9 @@ def takes_ws(weight) -> bool:
     """See :mod:`.dispatch`."""
     return (
         (launch.on_gpu(weight) or launch.INTERPRETED)
-        and weight.dtype in (torch.float32, torch.float64, *_HALF)
+        and weight.dtype in _TYPES
         and weight.dim() == 4
-        and weight.numel() // len(weight) < 2**30
+        and weight.numel() < 2**30
     )
 
 
@@ -141,14 +142,37 @@ def _is_last(weight: torch.Tensor) -> bool:
     return not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def _forward_of(weight, formula, eps, dtype) -> Launch:
+    return _plan(weight.shape, (weight.device, weight.dtype, dtype, None), formula, eps)
+
+
+def _backward_of(weight, formula, eps, dy) -> Launch:
+    return _plan(weight.shape, (weight.device, weight.dtype, None, dy.dtype), formula, eps)
+
+
+@answers
+def ws_forward_plan(weight, formula, eps, dtype):
+    return plan(0, 0, _forward_of(weight, formula, eps, dtype))
+
+
+@answers
+def ws_backward_plan(weight, formula, eps, dy):
+    return plan(0, 0, _backward_of(weight, formula, eps, dy))
+
+
 @launch.on_its_device
 def ws_forward(weight, formula, eps, dtype):
     """See :mod:`.dispatch`."""
     weight = dense(weight, _is_last(weight))
     out = torch.empty_like(weight, dtype=dtype)
-    run = _plan(weight.shape, (weight.device, weight.dtype, dtype, None), formula, eps)
+    run = _forward_of(weight, formula, eps, dtype)
     run(launch.stream_of(weight), weight, out, None)
     return out, ()
+
+
+@answers
+def ws_slowly(_, dy, weight, formula, eps):
+    return (ws_backward(dy, weight, (), formula, eps),)
 
 
 @launch.on_its_device
@@ -157,6 +181,6 @@ def ws_backward(dy, weight, saved, formula, eps):
     last = _is_last(weight)
     weight, dy = dense(weight, last), dense(dy, last)
     dw = torch.empty_like(weight)
-    run = _plan(weight.shape, (weight.device, weight.dtype, None, dy.dtype), formula, eps)
+    run = _backward_of(weight, formula, eps, dy)
     run(launch.stream_of(weight, dy), weight, dw, dy)
     return dw

@@ -89,6 +89,7 @@ def test_the_page(tmp_path, monkeypatch, capsys):
 
     checks = {"good": lambda d: "fine", "bad": bad, "left": lambda d: "not run: one GPU"}
     monkeypatch.setattr(gpu_report, "CHECKS", checks)
+    monkeypatch.setattr(gpu_report, "apart", lambda name, deadline: checks[name]("cuda"))
     monkeypatch.setattr(gpu_report, "about", lambda: ["a card"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     output = tmp_path / "page.md"
@@ -117,6 +118,15 @@ def test_other_programs():
     with pytest.raises(AssertionError, match="^c$"):
         gpu_report.command([*say, "3"], later, lambda line: True)
     assert "out of time" in gpu_report.command([*say, "0"], later - 59, lambda line: True)
+
+
+def test_a_check_apart(monkeypatch):
+    """Its process finds no GPU here, and says so in its last line."""
+    with pytest.raises(AssertionError, match="PyTorch finds no GPU"):
+        gpu_report.apart("WS against float64", gpu_report.time.monotonic() + 60)
+    monkeypatch.setattr(gpu_report, "CHECKS", {"one": lambda device: f"on {device}"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpu_report.main(["--check", "one"]) == 0
 
 
 def test_without_a_gpu_it_says_so(capsys):
