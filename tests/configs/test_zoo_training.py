@@ -25,7 +25,9 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from test_zoo import lazy_path, load_yaml
 
+from wsbcn_d2.data.checks import Wanted
 from wsbcn_d2.engine import Trainer, UsageError, lazy
+from wsbcn_d2.engine.lazy import checking
 
 FAMILIES = {
     "mask": "mask_rcnn_R_50_FPN_2x_bcn_ws_1img",
@@ -299,6 +301,23 @@ def test_wrong_input_is_one_line(tool, monkeypatch, tmp_path, capsys, arguments,
     assert error.startswith("error: ") and culprit in error
     assert len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["mask", "faster", "retinanet"])
+def test_what_a_python_config_says_of_its_data(family):
+    cfg = LazyConfig.load(str(lazy_path(FAMILIES[family])))
+    cfg.dataloader.evaluator.kpt_oks_sigmas = [0.1] * 5
+    inside = "model." if family == "retinanet" else "model.roi_heads."
+    assert checking._wanted(cfg) == Wanted(
+        classes=80,
+        masks=family == "mask",
+        mask_format=cfg.dataloader.train.mapper.get("instance_mask_format", "bitmask"),
+        sigmas=5,
+        classes_key=f"{inside}num_classes",
+        masks_key="model.roi_heads.mask_head",
+        format_key="dataloader.train.mapper.instance_mask_format",
+        picture_range=[],
+    )
 
 
 @pytest.mark.parametrize(

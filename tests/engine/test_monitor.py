@@ -121,6 +121,24 @@ def test_hooks_are_on_sampled_steps_alone():
     assert attached == [0, 0, 0, 1, 1] * 2
 
 
+def test_a_training_that_ends_within_a_step_leaves_no_hooks():
+    norm = nn.BatchNorm2d(2)
+    net = Net(norm)
+
+    class Interrupt(HookBase):
+        def before_step(self):
+            assert len(norm._forward_hooks) == 1
+            raise KeyboardInterrupt
+
+    trainer = SimpleTrainer(
+        net, [torch.ones(1, 2, 4, 4)], torch.optim.SGD(net.parameters(), lr=0.0)
+    )
+    trainer.register_hooks([ChannelMonitor(2, 2), Interrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(0, 2)
+    assert not norm._forward_hooks
+
+
 def test_an_evaluation_between_the_steps_is_not_watched():
     norm = EstimatedBatchNorm2d(1, momentum=0.0)
 

@@ -232,28 +232,27 @@ def attempt(copy, names, timeout):
             os.killpg(pid, signal.SIGKILL)
 
 
-def by_hand(copy, timeout):
-    """Tries every fault of by_hand.toml; returns how many were noticed."""
-    noticed = 0
-    for fault in tomllib.loads((HERE / "by_hand.toml").read_text())["fault"]:
+def by_hand(copy, text, timeout):
+    """Tries the faults of by_hand.toml that have a text in what they are."""
+    faults = tomllib.loads((HERE / "by_hand.toml").read_text())["fault"]
+    for fault in (fault for fault in faults if text in fault["what"]):
         code = (ROOT / fault["file"]).read_text()
         if code.count(fault["before"]) == 0:
             print(f"gone: {fault['what']}: {fault['file']} has no such text", flush=True)
             continue
         result = tried(copy, fault["file"], code.replace(fault["before"], fault["after"], 1),
                        fault["tests"], timeout)  # fmt: skip
-        noticed += result == "noticed"
         print(f"{result}: {fault['what']}", flush=True)
-    return noticed
 
 
 def tried(copy, path, text, names, timeout):
     """What the tests say of the copy with another text in one of its files."""
+    before = (copy / path).read_text()
     (copy / path).write_text(text)
     try:
         return attempt(copy, names, timeout)
     finally:
-        shutil.copy2(ROOT / path, copy / path)
+        (copy / path).write_text(before)
 
 
 def import_what_the_tests_import():
@@ -283,7 +282,10 @@ def main():
     parser.add_argument("--map", type=Path, default=ROOT / ".cache" / "map")
     parser.add_argument("--budget", type=float, default=60, help="seconds of tests for one fault")
     parser.add_argument("--limit", type=float, default=600, help="seconds for one fault")
-    parser.add_argument("--by-hand", action="store_true", help="the faults of by_hand.toml alone")
+    parser.add_argument(
+        "--by-hand", nargs="?", const="", metavar="TEXT",
+        help="the faults of by_hand.toml alone, or those of them with a text in what they are",
+    )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="show the draw, try nothing")
     parser.add_argument("--output", type=Path, help="a file for one JSON line per fault")
     args = parser.parse_args()
@@ -295,8 +297,8 @@ def main():
     for name in tracked():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
-    if args.by_hand:
-        by_hand(folder, args.limit)
+    if args.by_hand is not None:
+        by_hand(folder, args.by_hand, args.limit)
         args.packages = []
     for package in args.packages:
         counts = collections.Counter()
