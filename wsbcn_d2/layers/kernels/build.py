@@ -1,4 +1,4 @@
-"""Building and loading ``cpu.cpp`` and ``triton_nodes.cpp``.
+"""Building and loading ``cpu.cpp`` and ``cuda_nodes.cpp``.
 
 The first includes no PyTorch header, so building takes a second or two; the second, which a GPU
 alone needs, takes half a minute. Results are kept in the user's cache folder (``$XDG_CACHE_HOME``

@@ -1,5 +1,5 @@
 // Autograd nodes for the kernels that Triton has compiled: what triton_bcn.py, triton_ws.py and
-// autograd.py do at each call, at a tenth of the host time. Built by triton_nodes.py.
+// autograd.py do at each call, at a tenth of the host time. Built by cuda_nodes.py.
 //
 // Only the usual case is done here. A function returns None for everything else: other types of
 // tensors, memory laid out in another way, launches that Triton has not compiled yet. Python's way
@@ -548,8 +548,8 @@ PyMethodDef methods[] = {
     {"forget", forget, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr}};
 
-PyModuleDef module_def = {PyModuleDef_HEAD_INIT, "triton_nodes", nullptr, -1, methods};
+PyModuleDef module_def = {PyModuleDef_HEAD_INIT, "cuda_nodes", nullptr, -1, methods};
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit_triton_nodes() { return PyModule_Create(&module_def); }
+PyMODINIT_FUNC PyInit_cuda_nodes() { return PyModule_Create(&module_def); }
