@@ -71,6 +71,11 @@ class ReparametrizedConv2d(Conv2d):
         """A function and the parameters, ``weight`` first, of which it makes the used weight."""
         raise NotImplementedError
 
+    @torch.jit.unused
+    def _in_one(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The convolution and its weight as one node of autograd, where there is such a node."""
+        return None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """
         Args:
@@ -108,6 +113,9 @@ class ReparametrizedConv2d(Conv2d):
             if _recomputes(self, x):
                 weight_of, parameters = self._recipe()
                 return recomputed_conv2d(self, x, weight_of, *parameters)
+            y = self._in_one(x)
+            if y is not None:
+                return y
             weight = self.used_weight()
         return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .kernels.autograd import fused_standardize
-from .kernels.dispatch import ws_backend
+from .kernels.dispatch import plain, ws_backend
 from .reparametrized_conv import ReparametrizedConv2d, autocast_dtype, normalized_convs
 
 __all__ = ["WS_FORMULAS", "WSConv2d", "standardize_weight"]
@@ -151,6 +151,18 @@ class WSConv2d(ReparametrizedConv2d):
     def _used_weight(self):
         weight = self.weight
         return _standardize_as(weight, self.ws_formula, self.ws_eps, autocast_dtype(weight))
+
+    @torch.jit.unused
+    def _in_one(self, x: torch.Tensor) -> torch.Tensor | None:
+        weight = self.weight
+        backend = ws_backend(weight) if plain(x) else None
+        nodes = None if backend is None else backend.nodes()
+        if nodes is None:
+            return None
+        return nodes.ws_conv(
+            x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups,
+            self.ws_formula, self.ws_eps, readable,
+        )  # fmt: skip
 
     @torch.jit.unused
     def _recipe(self):

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
+from torch.nn import functional as F
 
 from .cuda_nodes import answers
 
@@ -172,6 +173,17 @@ class _FusedWS(torch.autograd.Function):
 def ws_graph(readable, dy, weight, formula, eps):
     """The same of a standardized weight."""
     return tuple(_graph_of_grads(readable(weight, formula, eps), (weight,), (True,), dy))
+
+
+@answers
+def ws_conv_graph(
+    readable, dy, x, weight, formula, eps, stride, padding, dilation, groups, needed
+):  # fmt: skip
+    """The same of a convolution on a standardized weight, and of its bias."""
+    standardized = readable(weight, formula, eps).to(x.dtype)
+    y = F.conv2d(x, standardized, None, stride, padding, dilation, groups)
+    grads = _graph_of_grads(y, (x, weight), needed[:2], dy)
+    return *grads, dy.sum((0, 2, 3)) if needed[2] else None
 
 
 def _graph_of_grads(y, inputs, needed, dy):

@@ -166,6 +166,13 @@ bool usual(const Tensor& x, Layout layout) {
          (reinterpret_cast<uintptr_t>(x.data_ptr()) & 15) == 0;
 }
 
+// A gradient as it must lie, copied if need be; an unusual one is left alone.
+Tensor laid_out(const Tensor& dy, Layout layout) {
+  if (dy.dim() != 4 || !ordinary(dy) || layout == OTHER || layout_of(dy) == layout) return dy;
+  return dy.contiguous(layout == CONTIGUOUS ? at::MemoryFormat::Contiguous
+                                            : at::MemoryFormat::ChannelsLast);
+}
+
 bool floating(at::ScalarType type, bool half) {
   return type == at::kFloat || type == at::kDouble ||
          (half && (type == at::kHalf || type == at::kBFloat16));
@@ -195,32 +202,15 @@ PyObject* wrap(const Tensor& tensor) {
   Py_RETURN_NONE;
 }
 
-// x, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_count
-struct Tensors {
-  std::array<Tensor, 8> all;
-  Layout layout = OTHER;
-
-  bool take(PyObject* const* objects) {
-    for (int i = 0; i < 8; i++)
-      if (!unpack(objects[i], all[i])) return false;
-    const Tensor &x = all[0], &weight = all[1];
-    if (!x.defined() || !weight.defined() || !all[2].defined() || !all[5].defined() ||
-        !all[6].defined() || x.dim() != 4 || x.numel() == 0)
-      return false;
-    layout = layout_of(x);
-    const int64_t c = x.size(1), g = weight.numel(), largest = 2147483647;
-    const auto type = weight.scalar_type();
-    if (!usual(x, layout) || !floating(type, false) ||
-        (x.scalar_type() != type && !(floating(x.scalar_type(), true) &&
-                                      !floating(x.scalar_type(), false))))
-      return false;
-    if (g == 0 || c % g || c / g > 2048 || c * x.size(2) * x.size(3) > largest ||
-        8 * x.size(0) * c > largest)
-      return false;
-    for (int i = 1; i < 7; i++)
-      if (!fits(all[i], x, type, i < 3 ? g : c)) return false;
-    return fits(all[7], x, at::kLong, 1);
+// Tensors of Python's tuple, None for those that are absent.
+variable_list unpack_all(PyObject* made) {
+  Ref owned(made);
+  variable_list result;
+  for (Py_ssize_t i = 0; i < PyTuple_Size(made); i++) {
+    PyObject* item = PyTuple_GET_ITEM(made, i);
+    result.push_back(item == Py_None ? Tensor() : THPVariable_Unpack(item));
   }
-};
+  return result;
+}
 
 }  // namespace

@@ -41,7 +41,8 @@ def nodes() -> ModuleType | None:
 
     Its functions return None (``takes_bcn``: False) for what is not the usual case:
     ``takes_bcn(x, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_count)``, ``bcn`` of the
-    same and ``(bn_eps, rate, eps, readable)``, ``ws(weight, formula, eps, dtype, readable)``.
+    same and ``(bn_eps, rate, eps, readable)``, ``ws(weight, formula, eps, dtype, readable)``,
+    ``ws_conv(x, weight, bias, stride, padding, dilation, groups, formula, eps, readable)``.
     ``forget()`` forgets all launches.
     """
     if torch.version.hip is not None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from wsbcn_d2 import BatchChannelNorm2d, EstimatedBatchNorm2d, WSConv2d
+from wsbcn_d2.layers import reparametrized_conv
 from wsbcn_d2.layers.kernels import cuda_nodes, triton_bcn, triton_ws
 from wsbcn_d2.layers.kernels import triton_launch as launch
 
@@ -75,6 +76,8 @@ def driver(monkeypatch):
     monkeypatch.setattr(launch, "on_gpu", lambda x: True)
     monkeypatch.setattr(launch, "_raw_stream", lambda device: 0)
     monkeypatch.setattr(launch._Code, "launch", noted)
+    # On a GPU a standardized weight is kept until backward.
+    monkeypatch.setattr(reparametrized_conv, "_recomputes", lambda *args: False)
     caches = launch.code, triton_bcn._forward, triton_bcn._backward, triton_ws._plan
     for cache in caches:
         cache.cache_clear()
@@ -284,3 +287,98 @@ def test_recomputation(driver):
         found[-1] = [t.clone() for t in found[-1]]
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+CONVS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "stride, padding": {"stride": 2, "padding": (1, 0)},
+    "dilation, groups": {"dilation": 2, "groups": 2, "padding": 2},
+    "biased": {"ws_formula": "biased"},
+    "unbiased_std": {"ws_formula": "unbiased_std"},
+}
+
+
+def conv_and_input(dtype=torch.float32, layout=torch.contiguous_format, **options):
+    conv = WSConv2d(4, 6, 3, **{"bias": False, **options}).to(dtype, memory_format=layout)
+    x = torch.randn(2, 4, 7, 6, dtype=dtype).contiguous(memory_format=layout)
+    return conv, x.requires_grad_()
+
+
+def conv_results(conv, x, amp=False):
+    torch.manual_seed(5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        y = conv(x)
+    leaves = [t for t in (x, *conv.parameters()) if t.requires_grad]
+    grads = torch.autograd.grad(y, leaves, torch.randn_like(y))
+    return y.grad_fn.name(), [y.detach(), *grads]
+
+
+@pytest.mark.parametrize("options", CONVS.values(), ids=CONVS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("amp", [False, True], ids=["", "amp"])
+def test_convolutions_are_what_two_nodes_make(driver, options, layout, amp):
+    conv, x = conv_and_input(layout=layout, **options)
+    for leaf in (x, x.detach()):  # of a first layer
+        first, wanted = conv_results(conv, leaf, amp)
+        second, found = conv_results(conv, leaf, amp)
+        assert second == "FusedWSConv" and (leaf is not x or first == "ConvolutionBackward0")
+        for a, b in zip(found, wanted, strict=True):
+            assert a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b)
+
+
+def test_convolutions_can_be_differentiated_again(driver):
+    conv, x = conv_and_input(torch.float64, bias=True, padding=1, stride=2)
+    x = torch.randn(1, 4, 4, 3, dtype=torch.float64).requires_grad_()
+    conv_results(conv, x)
+
+    def run(x, *values):
+        named = dict(zip(("weight", "bias"), values, strict=True))
+        return torch.func.functional_call(conv, named, (x,))
+
+    params = (x, conv.weight, conv.bias)
+    assert run(*params).grad_fn.name() == "FusedWSConv"
+    assert torch.autograd.gradcheck(run, params, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, params, fast_mode=True)
+
+
+def test_what_autograd_promises_of_convolutions(driver):
+    conv, x = conv_and_input(torch.float64)
+    conv_results(conv, x)
+    y = conv(x)
+    y.backward(torch.ones_like(y))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.backward(torch.ones_like(y))
+    y = conv(x)
+    with torch.no_grad():
+        conv.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    with torch.no_grad():
+        assert conv(x).grad_fn is None
+    conv.weight.requires_grad_(False)  # constant: nothing to join
+    assert conv(x).grad_fn.name() == "ConvolutionBackward0"
+    conv.weight.requires_grad_(True)
+    wanted = torch.autograd.grad(conv(x).square().sum(), conv.weight)
+    for reentrant in (False, True):
+        y = checkpoint(conv, x, use_reentrant=reentrant)
+        conv.weight.grad = None
+        y.square().sum().backward()
+        torch.testing.assert_close(conv.weight.grad, wanted[0], rtol=1e-9, atol=1e-12)
+    assert conv(x[:0]).shape == (0, 6, 5, 4)  # left to Python
+
+
+def test_a_first_run_by_python_may_be_recomputed_by_a_node(driver):
+    """Checkpointing counts what is saved: as much, in the same order, either way."""
+    for amp in (False, True):
+        conv, x = conv_and_input()
+        conv_results(conv, x, amp)
+        wanted = conv_results(conv, x, amp)[1][2]
+        for cache in (triton_ws._plan, launch.code):
+            cache.cache_clear()
+        NODES.forget()
+        torch.manual_seed(5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            y = checkpoint(conv, x, use_reentrant=False)
+        (found,) = torch.autograd.grad(y, conv.weight, torch.randn_like(y))
+        assert torch.equal(found, wanted)
