@@ -6,20 +6,16 @@ So weights are standardized once, and every batch norm that follows a convolutio
 with its affine per group spread over the channels; a batch norm alone leaves nothing.
 """
 
+import collections
 import copy
+import itertools
 
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .layers import (
-    BatchChannelNorm2d,
-    WNConv2d,
-    WSConv2d,
-    normalize_weight,
-    standardize_weight,
-)
+from .layers import BatchChannelNorm2d, WNConv2d, WSConv2d, normalize_weight, standardize_weight
 
 __all__ = ["fold", "lazy_state_dict", "stock_state_dict"]
 
@@ -57,14 +53,18 @@ def fold(model: nn.Module) -> nn.Module:
             _drop_ws(module)
         elif isinstance(module, WNConv2d):
             _drop_wn(module)
-    group_norms: dict[int, nn.Module | None] = {}
-    for conv, norm, place in pairs:
-        bn = norm.bn if isinstance(norm, BatchChannelNorm2d) else norm
-        scale, shift = _scale_shift(bn)
-        _scale_conv(conv, scale, shift)
-        if id(norm) not in group_norms:
-            group_norms[id(norm)] = _group_norm(norm) if bn is not norm else None
-        place(group_norms[id(norm)])
+    group_norms: dict[nn.Module, nn.Module] = {}  # of shared norms too
+    for conv, parent, name in pairs:
+        norm = parent._modules[name]
+        if isinstance(norm, BatchChannelNorm2d):
+            _fold_into(conv, norm.bn)
+            if norm not in group_norms:
+                group_norms[norm] = _group_norm(norm)
+            rest = group_norms[norm]
+        else:
+            _fold_into(conv, norm)
+            rest = nn.Identity() if isinstance(parent, nn.Sequential) else None
+        setattr(parent, name, rest)
     return model
 
 
@@ -137,26 +137,19 @@ def _refuse_hooked(model: nn.Module) -> None:
 
 
 def _pairs(model):
-    """(convolution, norm, function that replaces the norm) for everything foldable."""
+    """(convolution, parent of the norm after it, the norm's name) for everything foldable."""
     pairs = []
     for module in model.modules():
         if isinstance(module, Conv2d) and _foldable(module.norm):
-            pairs.append((module, module.norm, _setter(module, "norm")))
+            pairs.append((module, module, "norm"))
         if isinstance(module, nn.Sequential):
-            names = list(module._modules)
-            for first, second in zip(names, names[1:], strict=False):
-                conv, norm = module._modules[first], module._modules[second]
-                bare = isinstance(conv, nn.Conv2d) and (
-                    getattr(conv, "norm", None) is None
-                    and getattr(conv, "activation", None) is None
-                )
-                if bare and _foldable(norm):
-                    pairs.append((conv, norm, _setter(module, second)))
+            for (_, conv), (name, norm) in itertools.pairwise(module._modules.items()):
+                own = getattr(conv, "norm", None), getattr(conv, "activation", None)
+                if isinstance(conv, nn.Conv2d) and own == (None, None) and _foldable(norm):
+                    pairs.append((conv, module, name))
     # A convolution with several norms (one tower, a norm per level) has no single affine map.
-    owners: dict[int, int] = {}
-    for conv, _, _ in pairs:
-        owners[id(conv)] = owners.get(id(conv), 0) + 1
-    return [pair for pair in pairs if owners[id(pair[0])] == 1]
+    norms = collections.Counter(id(conv) for conv, _, _ in pairs)
+    return [pair for pair in pairs if norms[id(pair[0])] == 1]
 
 
 def _foldable(norm) -> bool:
@@ -165,18 +158,8 @@ def _foldable(norm) -> bool:
     )
 
 
-def _setter(parent: nn.Module, name: str):
-    def place(norm: nn.Module | None) -> None:
-        if norm is None and isinstance(parent, nn.Sequential):
-            norm = nn.Identity()
-        setattr(parent, name, norm)
-
-    return place
-
-
 def _drop_ws(conv: WSConv2d) -> None:
-    weight = standardize_weight(conv.weight, formula=conv.ws_formula, eps=conv.ws_eps)
-    _set_weight(conv, weight)
+    _set_weight(conv, standardize_weight(conv.weight, formula=conv.ws_formula, eps=conv.ws_eps))
     conv.__class__ = Conv2d
     del conv.ws_formula, conv.ws_eps
 
@@ -193,7 +176,7 @@ def _set_weight(conv: nn.Conv2d, weight: torch.Tensor) -> None:
     conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
 
 
-def _scale_shift(bn: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def _fold_into(conv: nn.Conv2d, bn: nn.Module) -> None:
     if bn.running_mean is None:
         raise ValueError(
             "a batch norm without running statistics normalizes by each batch: nothing to fold"
@@ -202,14 +185,13 @@ def _scale_shift(bn: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     scale = (bn.running_var.double() + bn.eps).rsqrt()
     if bn.weight is not None:
         scale = scale * bn.weight
-    shift = -bn.running_mean * scale
-    return scale, shift if bn.bias is None else shift + bn.bias
-
-
-def _scale_conv(conv: nn.Conv2d, scale: torch.Tensor, shift: torch.Tensor) -> None:
+    bias = -bn.running_mean * scale
+    if bn.bias is not None:
+        bias = bias + bn.bias
+    if conv.bias is not None:
+        bias = bias + conv.bias * scale
     dtype = conv.weight.dtype
     _set_weight(conv, (conv.weight * scale.view(-1, 1, 1, 1)).to(dtype))
-    bias = shift if conv.bias is None else shift + conv.bias * scale
     conv.bias = nn.Parameter(bias.to(dtype), requires_grad=conv.weight.requires_grad)
 
 

@@ -38,8 +38,8 @@ def get_config_file(config_path: str) -> str:
     path = folder / config_path
     if path.suffix in (".yaml", ".py") and path.is_file() and folder in path.resolve().parents:
         return str(path)
-    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
-    names = [name for name in names if name.endswith((".yaml", ".py"))]
+    shipped = [p for p in folder.rglob("*") if p.suffix in (".yaml", ".py") and p.is_file()]
+    names = [p.relative_to(folder).as_posix() for p in shipped]
     close = difflib.get_close_matches(config_path, names, n=3)
     raise RuntimeError(
         f"{config_path} not available in Model Zoo! "
@@ -59,14 +59,12 @@ def get_checkpoint_url(config_path: str) -> str:
     Raises:
         RuntimeError: nobody published such a model, or there is no such config.
     """
-    path = get_config_file(config_path)
+    get_config_file(config_path)
     if Path(config_path).parts[0] != _PUBLISHED:
         raise RuntimeError(
             f"Pretrained model for {config_path} is not available! There are those of {_PUBLISHED}/"
         )
-    cfg = get_cfg()
-    cfg.merge_from_file(path)
-    return cfg.MODEL.WEIGHTS
+    return get_config(config_path).MODEL.WEIGHTS
 
 
 def get_config(config_path: str, trained: bool = False) -> CfgNode | DictConfig:

@@ -116,17 +116,12 @@ class Predictor(DefaultPredictor):
         file, _ = split_options(path)
         if "://" not in file and not os.path.isfile(file):
             raise UsageError(f"checkpoint {file!r} not found: check its path")
-        if config_file is None:
-            config_file = _config_beside(file)
-        elif _is_lazy(os.fspath(config_file)):
+        if config_file is not None and _is_lazy(os.fspath(config_file)):
             opts = [*opts, f"train.init_checkpoint={path!r}"]
             cfg = load_lazy_config(os.fspath(config_file), opts)
-            return cls._of(cfg, threshold, fold)
-        cfg = load_config(os.fspath(config_file), [*opts, "MODEL.WEIGHTS", path])
-        return cls._of(cfg, threshold, fold)
-
-    @classmethod
-    def _of(cls, cfg: CfgNode | DictConfig, threshold: float | None, fold: bool) -> Predictor:
+        else:
+            config_file = _config_beside(file) if config_file is None else os.fspath(config_file)
+            cfg = load_config(config_file, [*opts, "MODEL.WEIGHTS", path])
         try:
             predictor = cls(cfg, fold=fold)
         except (UsageError, CheckpointError):
@@ -204,10 +199,8 @@ class Predictor(DefaultPredictor):
 
 def _know_classes(metadata: Metadata) -> None:
     """Add the names and ids of the classes, which Detectron2 reads with the set's annotations."""
-    path = metadata.get("json_file")
-    if hasattr(metadata, "thing_dataset_id_to_contiguous_id") or not (
-        path and os.path.isfile(path)
-    ):
+    path = metadata.get("json_file") or ""
+    if hasattr(metadata, "thing_dataset_id_to_contiguous_id") or not os.path.isfile(path):
         return
     categories = json.loads(Path(path).read_text())["categories"]
     categories = {c["id"]: c["name"] for c in sorted(categories, key=lambda c: c["id"])}

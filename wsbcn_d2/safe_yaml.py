@@ -75,18 +75,17 @@ def _load_with_bases(path: str, heirs: tuple[str, ...]) -> dict:
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str):
             raise ValueError(f"{path}: _BASE_ is the path of a file, not {type(base).__name__}")
-        base = os.path.expanduser(base)
-        if not base.startswith("/") and "://" not in base:
-            base = os.path.join(os.path.dirname(path), base)
-        if "://" in base and not _remote.get():
-            raise ValueError(
-                f"{path}: _BASE_ {base} is on another machine: fetch it, look at it and name the "
-                "local file"
-            )
+        if "://" not in base:
+            base = os.path.join(os.path.dirname(path), os.path.expanduser(base))
         if "://" not in base:
             base = os.path.normpath(base)
             if not os.path.isfile(base):
                 raise ValueError(f"{path}: _BASE_ {base} not found")
+        elif not _remote.get():
+            raise ValueError(
+                f"{path}: _BASE_ {base} is on another machine: fetch it, look at it and name the "
+                "local file"
+            )
         _merge(_load_with_bases(base, (*heirs, path)), result, path)
     _merge(values, result, path)
     return result

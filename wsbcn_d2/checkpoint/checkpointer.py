@@ -13,7 +13,7 @@ from ..layers import BatchChannelNorm2d
 from .catalog.entries import PREFIX
 from .catalog.fetching import read_entry
 from .checks import LoadExpectation, check_conventions, check_coverage
-from .errors import CheckpointError, NotAdmittedError
+from .errors import CheckpointError, NotAdmittedError, naming
 from .files.containers import as_tensor, bare_names, unwrap
 from .files.opening import read_file
 from .files.pickles import Foreign
@@ -134,12 +134,11 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
             self.logger.info(f"{filename}: objects left out: {kinds}")
         data = {k: v for k, v in content.items() if not isinstance(v, Foreign)}
         if "model" not in data:
-            try:
-                data = {"model": unwrap(content).state}
-            except CheckpointError as err:
-                raise CheckpointError(f"{filename}: {err}") from err
-            if "conv1_w" in data["model"]:
-                blobs = {k: v for k, v in data["model"].items() if not k.endswith("_momentum")}
+            with naming(filename):
+                state = unwrap(content).state
+            data = {"model": state}
+            if "conv1_w" in state:
+                blobs = {k: v for k, v in state.items() if not k.endswith("_momentum")}
                 data = {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
         if "matching_heuristics" in self._options:
             data["matching_heuristics"] = True

@@ -56,7 +56,7 @@ class LoadExpectation:
         name = cfg.MODEL.BACKBONE.NAME
         ws = cfg.MODEL.WS if name.startswith("build_ws_") and "WS" in cfg.MODEL else None
         return cls(
-            ws_formula=_formula(ws) if ws else "none",
+            ws_formula=(ws.FORMULA if ws.KIND == "ws" else ws.KIND) if ws else "none",
             norm=_NORM_KINDS.get(cfg.MODEL.RESNETS.NORM) if "resnet" in name else None,
             pixel_mean=tuple(map(float, cfg.MODEL.PIXEL_MEAN)),
             pixel_std=tuple(map(float, cfg.MODEL.PIXEL_STD)),
@@ -75,10 +75,11 @@ class LoadExpectation:
             LoadExpectation; the formula is None where standardized convs differ among themselves.
         """
         names = backbone_names(model.state_dict())
-        found = set()
-        for name, module in model.named_modules():
-            if hasattr(module, "ws_formula") and f"{name}.weight".lstrip(".") in names:
-                found.add((module.ws_formula, module.ws_eps))
+        found = {
+            (module.ws_formula, module.ws_eps)
+            for name, module in model.named_modules()
+            if hasattr(module, "ws_formula") and f"{name}.weight".lstrip(".") in names
+        }
         formula, eps = next(iter(found)) if len(found) == 1 else (None, None)
         mean, std = getattr(model, "pixel_mean", None), getattr(model, "pixel_std", None)
         return cls(
@@ -92,24 +93,14 @@ class LoadExpectation:
 
     def metadata(self) -> Metadata:
         """Returns what a checkpoint saved from such a model records."""
-        return Metadata(
-            format="wsbcn_d2",
-            norm=self.norm,
-            ws_formula=self.ws_formula,
-            ws_eps=self.ws_eps,
-            pixel_mean=self.pixel_mean,
-            pixel_std=self.pixel_std,
-            input_format=self.input_format,
-        )
+        return Metadata(format="wsbcn_d2", **vars(self))
 
 
 def backbone_names(names) -> list[str]:
     """The bottom-up network's names in a model's state dict.
 
-    Returns:
-        those below ``backbone.bottom_up.``, else below ``backbone.`` and ``roi_heads.res5.``,
-        else all of a bare ResNet's, else none; without a classifier's linear layer, which is a
-        head.
+    Those below ``backbone.bottom_up.``, else below ``backbone.`` and ``roi_heads.res5.``, else all
+    of a bare ResNet's, else none; without a classifier's linear layer, which is a head.
     """
     names = [name for name in names if not name.startswith(("backbone.linear.", "linear."))]
     for prefixes in ((BOTTOM_UP,), ("backbone.", "roi_heads.res5.")):
@@ -127,13 +118,8 @@ def check_conventions(
 ) -> list[str]:
     """Compares a checkpoint's own names and record, if any, with what a model expects.
 
-    With ``insist``, another norm or formula is a warning; what is only presumed always is.
-
-    Returns:
-        warnings, one line each.
-
-    Raises:
-        CheckpointError: foreign names, another norm or another WS formula.
+    Foreign names, another norm and another WS formula are refused. With ``insist``, the latter two
+    are among the warnings that are returned; what is only presumed always is.
     """
     _refuse_foreign_names(state, path)
     warnings: list[str] = []
@@ -144,22 +130,21 @@ def check_conventions(
             f"weights with {expected.norm}, or set MODEL.RESNETS.NORM to go with {kind}",
             warnings if insist else None,
         )
-    formula = recorded and recorded.ws_formula
-    if formula is None:
-        if expected.ws_formula not in (None, "none") and recorded is None:
+    if recorded is None:
+        if expected.ws_formula not in (None, "none"):
             warnings.append(
                 f"{path} does not say how its weights were standardized; the model uses "
                 f"MODEL.WS.FORMULA {expected.ws_formula}, and another one costs accuracy"
             )
-    elif expected.ws_formula and formula != expected.ws_formula:
+        return warnings
+    formula = recorded.ws_formula
+    if formula and expected.ws_formula and formula != expected.ws_formula:
         presumed = "ws_formula" in recorded.presumed
         refuse(
             f"{path} was {'presumably ' if presumed else ''}trained with WS formula {formula!r} "
             f"but the model has {expected.ws_formula!r}: {_mend(formula, expected.ws_formula)}",
             warnings if insist or presumed else None,
         )
-    if recorded is None:
-        return warnings
     eps = (expected.ws_eps, recorded.ws_eps)
     if all(eps) and expected.ws_formula != "none" and not math.isclose(*eps, rel_tol=1e-3):
         warnings.append(f"{path}: MODEL.WS.EPS was {recorded.ws_eps}, is {expected.ws_eps}")
@@ -176,11 +161,7 @@ def check_conventions(
 
 
 def refuse(text: str, warnings: list[str] | None) -> None:
-    """Raises a refusal, or where the user insists (``warnings`` is a list) makes it a warning.
-
-    Raises:
-        CheckpointError: with the way to insist.
-    """
+    """Raises a refusal, or where the user insists (``warnings`` is a list) makes it a warning."""
     if warnings is None:
         raise CheckpointError(f"{text}; to load what fits all the same, add ?insist=True to it")
     warnings.append(text)
@@ -191,10 +172,6 @@ def _same(was, now):
         return was == now
     # Models hold the numbers in float32.
     return len(was) == len(now) and all(abs(a - b) < 1e-3 for a, b in zip(was, now, strict=True))
-
-
-def _formula(ws):
-    return ws.FORMULA if ws.KIND == "ws" else ws.KIND
 
 
 def _mend(formula, current):
@@ -227,16 +204,13 @@ def check_coverage(
     path: str,
     warnings: list[str] | None = None,
 ) -> tuple[int, int]:
-    """Checks that a state dict fills a model's whole backbone.
+    """Refuses a state dict that does not fill a model's whole backbone, or nothing of the model.
 
     Where the checkpoint has a FPN, all of ``backbone.`` is meant, else the bottom-up network.
     ``warnings``, where the user insists, takes what would be refused.
 
     Returns:
         (number of the model's names that the checkpoint fills, number of the model's names).
-
-    Raises:
-        CheckpointError: some are missing or have another shape, or nothing fits at all.
     """
     own = {n: v for n, v in model.state_dict().items() if not n.endswith(OPTIONAL_SUFFIX)}
     fits = {n for n, v in own.items() if n in state and state[n].shape == v.shape}

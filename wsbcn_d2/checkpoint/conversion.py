@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .errors import CheckpointError, shortened
+from .errors import CheckpointError, naming, shortened
 from .files.containers import Source, read_checkpoint, unwrap
 from .formats.plain_bn import batch_norm_to_bcn
 from .formats.recognise import FORMATS, detect_format, presume_formula, presume_pixels
@@ -90,13 +90,15 @@ def convert(
     if fmt.name != "detectron2" and rest:  # Detectron2's own heads are of any kind
         check_shapes(rest, detector_shapes(rest, layout))
 
-    norm = options.norm or _default_norm(layout.norm, detector=bool(rest), recorded=recorded)
+    # A bare BatchNorm backbone is for BCN; a detector or our own file stays what it is.
+    for_bcn = layout.norm == "BN" and not rest and not recorded
+    norm = options.norm or ("BCN" if for_bcn else layout.norm)
     metadata = recorded or _presumed(fmt, layout.norm, options, source, bool(rest), notes)
     if (layout.norm, norm) == ("BN", "BCN"):
         backbone = batch_norm_to_bcn(backbone)
-        origin = {n: origin.get(n.replace(".norm.bn.", ".norm.")) for n in backbone} | {
-            n: None for n in backbone if ".norm." in n and ".norm.bn." not in n
-        }
+        added = [n for n in backbone if ".norm." in n and ".norm.bn." not in n]
+        origin = {n: origin.get(n.replace(".norm.bn.", ".norm.")) for n in backbone}
+        origin |= dict.fromkeys(added)
         layout = replace(layout, norm=norm)
         notes.append("the channel half of each BCN starts at weight 1, bias 0: fine-tune from it")
     elif layout.norm != norm:
@@ -115,7 +117,12 @@ def convert(
     if extra := sorted(set(map(str, source.extra)) - {METADATA_KEY, "matching_heuristics"}):
         notes.append(f"not parameters, left behind: {', '.join(extra[:8])}")
 
-    renamed, keep_rest = _target_names(backbone, kind, bool(rest), options.target)
+    keep_rest = options.target != "resnet"
+    if keep_rest and rest and kind != options.target:
+        raise CheckpointError(
+            f"the heads of this {kind} detector do not fit a {options.target} one: use --to resnet"
+        )
+    renamed = {name: _placed(name, options.target) for name in backbone}
     state = {renamed[bare]: tensor for bare, tensor in backbone.items()}
     mapping = {renamed[bare]: origin[bare] for bare in backbone}
     dropped = dict(mapped.dropped)
@@ -123,8 +130,7 @@ def convert(
         state |= rest
         mapping |= {name: mapped.sources.get(name) for name in rest}
     else:
-        reason = f"not part of a {options.target} target"
-        dropped |= {mapped.sources[name]: reason for name in rest}
+        dropped |= {mapped.sources[name]: "not part of a resnet target" for name in rest}
     report = ConversionReport(
         format=fmt.name,
         container=source.container,
@@ -135,14 +141,10 @@ def convert(
         layout=layout,
         detector=_detector(rest) if keep_rest else "",
         added=[name for name, key in mapping.items() if key is None],
-        nonfinite=[name for name, tensor in state.items() if not _finite(tensor)],
+        nonfinite=[name for name, tensor in state.items() if not torch.isfinite(tensor).all()],
         notes=notes,
     )
     return state, report
-
-
-def _finite(tensor):
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 def _detector(rest):
@@ -152,17 +154,12 @@ def _detector(rest):
     return "mask_rcnn" if mask else "faster_rcnn"
 
 
-def _default_norm(norm, detector, recorded):
-    """A bare BatchNorm backbone is for BCN; a detector or our own file stays what it is."""
-    return "BCN" if norm == "BN" and not detector and not recorded else norm
-
-
 def _presumed(fmt, norm, options, source, detector, notes):
     """Metadata of a source that says nothing about itself."""
-    meta = source.extra.get("meta")
     name = os.path.basename(options.source_name)
-    formula, why, certain = presume_formula(fmt, norm, name, meta)
+    formula, why, certain = presume_formula(fmt, norm, name, source.extra.get("meta"))
     pixels = presume_pixels(fmt, norm, formula, detector)
+    shown = vars(pixels) if pixels else {}
     if options.formula is None:
         notes.append(f"WS formula {formula or 'not known'}: {why}")
     return Metadata(
@@ -170,30 +167,15 @@ def _presumed(fmt, norm, options, source, detector, notes):
         norm=norm,
         ws_formula=formula,
         ws_eps=1e-5,
-        pixel_mean=pixels and pixels.pixel_mean,
-        pixel_std=pixels and pixels.pixel_std,
-        input_format=pixels and pixels.input_format,
-        presumed=(
-            *(("ws_formula",) if formula and not certain else ()),
-            *(("pixel_mean", "pixel_std", "input_format") if pixels else ()),
-        ),
+        presumed=(*(("ws_formula",) if formula and not certain else ()), *shown),
+        **shown,
     )
 
 
-def _target_names(backbone, kind, has_heads, target):
-    """(bare name -> name for a target, whether the other parts of the source come along)."""
-    if target == "resnet":
-        return {name: name for name in backbone}, False
-    if has_heads and kind != target:
-        raise CheckpointError(
-            f"the heads of this {kind} detector do not fit a {target} one: use --to resnet"
-        )
-    if target == "fpn":
-        return {name: f"{BOTTOM_UP}{name}" for name in backbone}, True
-    return {
-        name: f"roi_heads.{name}" if name.startswith("res5.") else f"backbone.{name}"
-        for name in backbone
-    }, True
+def _placed(name, target):
+    """A bare name where a target has it."""
+    parent = "roi_heads." if name.startswith("res5.") else "backbone."
+    return {"resnet": "", "fpn": BOTTOM_UP, "c4": parent}[target] + name
 
 
 def convert_file(source: str, target: str | None, options: Options = Options()) -> ConversionReport:
@@ -213,13 +195,10 @@ def convert_file(source: str, target: str | None, options: Options = Options()) 
     loaded = read_checkpoint(source)
     if not options.source_name:
         options = replace(options, source_name=source)
-    try:
+    with naming(source):
         state, report = convert(loaded, options)
-    except CheckpointError as err:
-        raise CheckpointError(f"{source}: {err}") from err
     if target:
-        heuristics = options.target == "resnet"
-        write_checkpoint(target, state, report.metadata, heuristics)
+        write_checkpoint(target, state, report.metadata, options.target == "resnet")
     return report
 
 

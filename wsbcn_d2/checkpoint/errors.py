@@ -1,5 +1,8 @@
 """The error type of this subpackage."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used as asked; the message is one line with the mend in it.
@@ -11,16 +14,21 @@ class CheckpointError(ValueError):
         super().__init__("".join(c if c.isprintable() else " " for c in str(text)))
 
 
+@contextlib.contextmanager
+def naming(file: str) -> Iterator[None]:
+    """Puts a file's name before the errors of what is done with its content."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
 class NotAdmittedError(CheckpointError):
     """A whole file with objects in it that are not read."""
 
 
 def shortened(names, limit=4):
-    """Joins names for an error line, the first ``limit`` of them and a count of the rest.
-
-    Returns:
-        str, for example ``"a, b and 12 more"``.
-    """
+    """Joins names for an error line: ``"a, b and 12 more"``."""
     names = list(names)
     text = ", ".join(str(name) for name in names[:limit])
     return text if len(names) <= limit else f"{text} and {len(names) - limit} more"

@@ -34,11 +34,10 @@ OPTIONAL_SUFFIX = "num_batches_tracked"
 
 
 def norm_kind(names) -> str | None:
-    """Tells the kind of norm from Detectron2 names.
+    """Tells the kind of norm from Detectron2 names, None where there is no norm.
 
-    Returns:
-        "BCN", "BN" (with its frozen, synchronized and estimated relatives), "GN" (group norm or
-        any other pair of per-channel weight and bias) or None where there is no norm.
+    "BN" is with its frozen, synchronized and estimated relatives, "GN" is any pair of per-channel
+    weight and bias.
     """
     suffixes = {name.partition(".norm.")[2] for name in names if ".norm." in name}
     if "bn.running_mean" in suffixes:
@@ -76,7 +75,7 @@ class BackboneLayout:
         return f"X-{self.depth}-{self.groups}x{self.width_per_group}d{kind}"
 
     def config(self) -> CfgNode:
-        """Returns Detectron2's config of the ResNet with stock norms."""
+        """Detectron2's config of the ResNet with stock norms."""
         cfg = get_cfg()
         resnets = cfg.MODEL.RESNETS
         resnets.DEPTH, resnets.NUM_GROUPS = self.depth, self.groups
@@ -91,7 +90,7 @@ class BackboneLayout:
         return cfg
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns all names and shapes, ``num_batches_tracked`` included."""
+        """All names and shapes, ``num_batches_tracked`` included."""
         cfg = self.config()
         with torch.device("meta"):
             model = build_resnet_backbone(cfg, ShapeSpec(channels=3))
@@ -102,8 +101,7 @@ class BackboneLayout:
                     setattr(model.stem, f"conv{number}", conv)
             if self.norm == "BCN":
                 for conv in [m for m in model.modules() if isinstance(m, Conv2d)]:
-                    channels = conv.norm.num_features
-                    conv.norm = BatchChannelNorm2d(channels, self.norm_groups)
+                    conv.norm = BatchChannelNorm2d(conv.out_channels, self.norm_groups)
         return _shapes(model)
 
 
@@ -114,17 +112,11 @@ def _shapes(model: nn.Module, prefix: str = "") -> dict[str, tuple[int, ...]]:
 def infer_backbone(state: Mapping[str, torch.Tensor]) -> BackboneLayout:
     """Works out which ResNet a state dict of bare Detectron2 names belongs to.
 
-    Returns:
-        BackboneLayout. Only names and two shapes are looked at; see `check_shapes`.
-
-    Raises:
-        CheckpointError: no known ResNet has these blocks, widths or norms.
+    Only names and two shapes are looked at; see `check_shapes`.
     """
-    blocks = {}
-    for name in state:
-        if match := re.match(r"res([2-5])\.(\d+)\.", name):
-            blocks.setdefault(int(match[1]), set()).add(int(match[2]))
-    counts = tuple(len(blocks.get(stage, ())) for stage in (2, 3, 4, 5))
+    blocks = {match[0] for name in state if (match := re.match(r"res[2-5]\.\d+\.", name))}
+    stages = [block.partition(".")[0] for block in blocks]
+    counts = tuple(stages.count(f"res{stage}") for stage in (2, 3, 4, 5))
     bottleneck = "res2.0.conv3.weight" in state
     depth = _DEPTHS.get((bottleneck, counts))
     if depth is None:
@@ -151,11 +143,7 @@ def infer_backbone(state: Mapping[str, torch.Tensor]) -> BackboneLayout:
 
 
 def check_shapes(state: Mapping[str, torch.Tensor], expected: Mapping[str, tuple]) -> None:
-    """Compares a state dict with a table of names and shapes.
-
-    Raises:
-        CheckpointError: with the missing and extra names and the shapes that differ.
-    """
+    """Refuses a state dict with missing or extra names, or shapes that differ from a table's."""
     missing = [n for n in expected if n not in state and not n.endswith(OPTIONAL_SUFFIX)]
     extra = [n for n in state if n not in expected]
     wrong = [
@@ -177,11 +165,10 @@ def check_shapes(state: Mapping[str, torch.Tensor], expected: Mapping[str, tuple
 
 
 def split_backbone(names) -> tuple[str, dict[str, str]]:
-    """Finds the ResNet among Detectron2 names.
+    """Finds the ResNet among Detectron2 names: its kind, and bare name -> name as given.
 
-    Returns:
-        (kind, bare name -> name as given); the kind is "fpn", "c4", "bare" or, without a ResNet,
-        "". A C4 detector's ``roi_heads.res5`` counts as part of its ResNet.
+    The kind is "fpn", "c4", "bare" or, without a ResNet, "". A C4 detector's ``roi_heads.res5``
+    counts as part of its ResNet.
     """
     names = list(names)
     for kind, prefix in (
@@ -200,13 +187,7 @@ def detector_shapes(rest: Mapping[str, torch.Tensor], layout: BackboneLayout) ->
     """Names and shapes of FPN, RPN, box head and mask head of a two-stage detector.
 
     Widths that a configuration may choose (FPN channels, fc size, classes, anchors) are taken
-    from one tensor each; everything else is Detectron2's.
-
-    Returns:
-        names -> shapes.
-
-    Raises:
-        CheckpointError: one of the tensors that fix the widths is missing or has no such shape.
+    from one tensor each, which must be there; everything else is Detectron2's.
     """
 
     def size(name, dim=0):

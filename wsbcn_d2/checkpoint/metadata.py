@@ -30,24 +30,19 @@ DETECTRON2_BGR = Pixels("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0))
 DETECTRON_BGR = Pixels("BGR", (102.9801, 115.9465, 122.7717), (1.0, 1.0, 1.0))
 
 
-def _is_text(value):
-    return isinstance(value, str)
-
-
 def _is_number(value):
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _are_numbers(value):
-    return isinstance(value, tuple) and bool(value) and all(map(_is_number, value))
-
-
-_VALID = {
-    "ws_eps": _is_number,
-    "pixel_mean": _are_numbers,
-    "pixel_std": _are_numbers,
-    "presumed": lambda value: isinstance(value, tuple) and all(map(_is_text, value)),
-}
+def _is_valid(key, value):
+    """Whether a field that is not None has a value of its kind."""
+    if key == "ws_eps":
+        return _is_number(value)
+    if key == "presumed":
+        return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+    if key in ("pixel_mean", "pixel_std"):
+        return isinstance(value, tuple) and bool(value) and all(map(_is_number, value))
+    return isinstance(value, str)
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,7 @@ class Metadata:
             if key in known
         }
         for key, value in values.items():
-            if value is not None and not _VALID.get(key, _is_text)(value):
+            if value is not None and not _is_valid(key, value):
                 raise CheckpointError(f"recorded {key} is {str(value)[:40]!r}, which is none")
         formula = values.get("ws_formula")
         if formula is not None and formula not in FORMULAS + OTHER_KINDS:

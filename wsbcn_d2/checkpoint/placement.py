@@ -7,7 +7,7 @@ import torch
 from .layout import BOTTOM_UP
 
 _PARTS = ("stem", "res2", "res3", "res4", "res5")
-_PARENTS = (BOTTOM_UP, "backbone.", "roi_heads.")  # FPN; plain; res5 of a C4 detector
+_PARENTS = ("roi_heads.", "backbone.", BOTTOM_UP)  # res5 of a C4 detector; plain; FPN
 
 
 def place_backbone(
@@ -15,19 +15,18 @@ def place_backbone(
 ) -> dict[str, torch.Tensor]:
     """Renames a plain backbone (a classifier's, ``backbone.stem.``) to where a model has its own.
 
-    Returns:
-        ``state`` with stem and stages renamed; unchanged if it has no plain backbone, or none of
-        the model's names is meant.
+    Stem and stages that the model does not have keep their names, as does all of a state dict
+    without a plain backbone.
     """
     own_names = list(own_names)
     if not any(name.startswith("backbone.stem.") for name in state):
         return dict(state)
-    parents = {}
-    for part in _PARTS:
-        for parent in _PARENTS:
-            if any(name.startswith(f"{parent}{part}.") for name in own_names):
-                parents[f"backbone.{part}."] = f"{parent}{part}."
-                break
+    parents = {
+        f"backbone.{part}.": f"{parent}{part}."
+        for parent in _PARENTS
+        for part in _PARTS
+        if any(name.startswith(f"{parent}{part}.") for name in own_names)
+    }
     result = {}
     for name, tensor in state.items():
         old = ".".join(name.split(".", 2)[:2]) + "."

@@ -42,9 +42,7 @@ class ConversionReport:
         meta, layout, lines = self.metadata, self.layout, []
         if layout is not None:
             standardized = meta.ws_formula not in (None, "none")
-            builder = (
-                "build_ws_resnet_fpn_backbone" if standardized else "build_resnet_fpn_backbone"
-            )
+            builder = f"build_{'ws_' if standardized else ''}resnet_fpn_backbone"
             if layout.deeplab:
                 builder = "build_resnet_deeplab_backbone"
             lines += [
@@ -96,9 +94,8 @@ class ConversionReport:
 
         def shown(name):
             value = getattr(meta, name)
-            if value is None:
-                return "not known"
-            return f"{value}{' (presumed)' if name in meta.presumed else ''}"
+            presumed = " (presumed)" if name in meta.presumed else ""
+            return "not known" if value is None else f"{value}{presumed}"
 
         what = self.layout.name if self.layout else "not a ResNet of this project"
         lines = [

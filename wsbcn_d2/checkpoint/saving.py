@@ -42,11 +42,7 @@ class _AtomicWrites:
 
 
 def check_admitted(file: str, path: str) -> None:
-    """Refuses a file that was written whole and would not be read whole.
-
-    Raises:
-        NotAdmittedError: naming what is in it besides tensors, arrays and plain data.
-    """
+    """Refuses a file that was written whole and would not be read whole, naming what is in it."""
     try:
         found = ", ".join(read_file(file, data=False)[1][:4])
     except NotAdmittedError as error:
@@ -68,21 +64,13 @@ def save(data: dict, path: str) -> None:
         with replacing(path) as part, open(part, "wb") as stream:
             torch.save(data, stream)
     except (OSError, RuntimeError) as error:
-        if (reason := _os_error(error)) is None:
+        if (reason := _refusal(error)) is None:
             raise
-        raise CheckpointError(f"cannot write {path}: {reason.strerror or reason}") from error
+        raise CheckpointError(f"cannot write {path}: {reason}") from error
 
 
 def usable_checkpoints(folder: str, needed: Iterable[str] = ()) -> Iterator[str]:
-    """The whole checkpoints of a run, newest first.
-
-    Args:
-        folder: its ``OUTPUT_DIR``.
-        needed: what a checkpoint has to hold besides the model.
-
-    Yields:
-        paths of ``.pth`` files that can be read to the end.
-    """
+    """The whole checkpoints of a run, newest first, that hold what is ``needed`` and the model."""
     with contextlib.suppress(FileNotFoundError):
         files = [entry for entry in os.scandir(folder) if entry.name.endswith(".pth")]
         for entry in sorted(files, key=lambda entry: entry.stat().st_mtime_ns, reverse=True):
@@ -115,14 +103,13 @@ class AtomicSaving:
         try:
             super().save(name, **kwargs)
         except (OSError, RuntimeError) as error:
-            reason = _os_error(error)
-            if reason is None:
+            if (reason := _refusal(error)) is None:
                 raise
             usable = self._newest_usable()
             left = f"go on with --resume from {usable}" if usable else "start again"
+            path = os.path.join(self.save_dir, name)
             raise CheckpointError(
-                f"cannot save {os.path.join(self.save_dir, name)}.pth: "
-                f"{reason.strerror or reason}; mend that, then {left}"
+                f"cannot save {path}.pth: {reason}; mend that, then {left}"
             ) from error
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
@@ -141,16 +128,14 @@ class AtomicSaving:
             last = self.get_checkpoint_file()
             if _is_whole(last, self.checkpointables):  # so something else is wrong
                 raise
+            tag = os.path.join(self.save_dir, "last_checkpoint")
+            reason = str(error) if isinstance(error, CheckpointError) else f"{last} not found"
             if os.path.isdir(last):
-                reason = f"{os.path.join(last, 'last_checkpoint')} is empty"
-            else:
-                reason = str(error) if isinstance(error, CheckpointError) else f"{last} not found"
-            usable = self._newest_usable()
+                reason = f"{tag} is empty"
             mend = "no other checkpoint is whole: start again without --resume"
             if isinstance(error, NotAdmittedError):
                 mend = "the file is whole: start again from its weights, without --resume"
-            if usable:
-                tag = os.path.join(self.save_dir, "last_checkpoint")
+            if usable := self._newest_usable():
                 name = os.path.basename(usable)
                 mend = f"{usable} is whole: to resume from it, echo {name} > {tag}"
             raise CheckpointError(f"cannot resume: {reason}; {mend}") from error
@@ -161,11 +146,8 @@ class AtomicSaving:
         return next(usable_checkpoints(self.save_dir, self.checkpointables), None)
 
 
-def _os_error(error: BaseException) -> OSError | None:
-    """The operating system's refusal behind an error; torch reports its own failure over it."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError):
-            return seen
-        seen = seen.__cause__ or seen.__context__
-    return None
+def _refusal(error: BaseException | None) -> str | None:
+    """The operating system's words behind an error; torch reports its own failure over it."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error and (error.strerror or str(error))

@@ -117,8 +117,10 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
-def _suffix(path: str) -> str:
-    return os.path.splitext(path)[1].lower()
+def _format(path: str | os.PathLike) -> str | None:
+    """The format that Pillow writes under a name with such an ending."""
+    found = Image.registered_extensions().get(Path(path).suffix.lower())
+    return found if found in Image.SAVE else None
 
 
 def find_sources(inputs: list[str], output: str) -> list[Source]:
@@ -159,10 +161,8 @@ def find_sources(inputs: list[str], output: str) -> list[Source]:
 
 
 def _readable(path: Path) -> bool:
-    suffix = path.suffix.lower()
-    return not path.name.startswith(".") and (
-        suffix in VIDEOS or Image.registered_extensions().get(suffix) in Image.SAVE
-    )
+    known = path.suffix.lower() in VIDEOS or _format(path)
+    return bool(known) and not path.name.startswith(".")
 
 
 def _check_picture(path: str) -> bool:
@@ -173,7 +173,7 @@ def _check_picture(path: str) -> bool:
             deep = is_deep(image)
     except Exception as error:  # a decoder of a damaged file raises anything
         raise UsageError(f"{path!r} is no picture that can be read: {one_line(error)}") from error
-    if Image.registered_extensions().get(_suffix(path)) not in Image.SAVE:
+    if not _format(path):
         raise UsageError(f"{path!r}: its name must end as a picture's, in .jpg or .png for example")
     return deep
 
@@ -221,7 +221,7 @@ def predict_pictures(
             path = os.path.join(args.output, source.name)
             drawn = Image.fromarray(predictor.draw(image, predictions).get_image())
             with replacing(path) as part:
-                drawn.save(part, format=Image.registered_extensions()[_suffix(path)])
+                drawn.save(part, format=_format(path))
     _write_json(os.path.join(args.output, "results.json"), results)
     return len(results)
 

@@ -8,6 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
 from .errors import DataError
+from .names import forget
 
 __all__ = ["register_coco_sets"]
 
@@ -55,8 +56,7 @@ def _register(name: str, json_file: str, image_root: str) -> None:
             )
         if (metadata.json_file, metadata.image_root) == (json_file, image_root):
             return
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+        forget(name)
 
     def load() -> list[dict]:
         records = load_coco_json(json_file, image_root, name)
@@ -79,8 +79,5 @@ def _note_keypoints(name: str, json_file: str) -> None:
         categories = json.load(file)["categories"]
     names = next((c["keypoints"] for c in categories if c.get("keypoints")), None)
     if names:
-        metadata = MetadataCatalog.get(name)
-        metadata.keypoint_names = tuple(names)
-        metadata.keypoint_flip_map = tuple(
-            (n, n.replace("left", "right")) for n in names if "left" in n
-        )
+        mirrored = tuple((n, n.replace("left", "right")) for n in names if "left" in n)
+        MetadataCatalog.get(name).set(keypoint_names=tuple(names), keypoint_flip_map=mirrored)

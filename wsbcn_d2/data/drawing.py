@@ -18,12 +18,11 @@ __all__ = ["draw_some"]
 def draw_some(
     json_file: str, images: str, folder: str, count: int = 6, limits: Sequence[float] = ()
 ) -> list[str]:
-    """Draw evenly spaced pictures of a set in COCO format with its boxes and masks.
+    """Draw ``count`` evenly spaced pictures of a set in COCO format with its boxes and masks.
 
     Args:
         json_file, images: the set.
         folder: where the PNG files go; made if absent.
-        count: how many.
         limits: ``INPUT.PICTURE_RANGE``.
 
     Returns:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -82,9 +83,8 @@ class _Files:
         else:
             found = (info.filename for info in archive.infolist() if not info.is_dir())
         self.names = sorted(found)
-        twice = {a for a, b in zip(self.names, self.names[1:], strict=False) if a == b}
-        if twice:
-            raise DataError(f"{root}: {min(twice)} is in it twice; pack it again")
+        if twice := [a for a, b in itertools.pairwise(self.names) if a == b]:
+            raise DataError(f"{root}: {twice[0]} is in it twice; pack it again")
 
     def read(self, name: str) -> bytes:
         if self.archive and self.archive.getinfo(name).file_size > _LARGEST_FILE:
@@ -99,10 +99,9 @@ class _Files:
 
     def image(self, name: str) -> Image.Image:
         """Decoded, and turned as its EXIF data say: as Detectron2 reads it."""
+        content = io.BytesIO(self.read(name))
         try:
-            return ImageOps.exif_transpose(Image.open(io.BytesIO(self.read(name))))
-        except DataError:
-            raise
+            return ImageOps.exif_transpose(Image.open(content))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"{self.root}: {name} is no image: {error}") from error
 
@@ -141,8 +140,7 @@ def _pictures(names: list[str], source) -> dict[str, tuple[str, list[str]]]:
             raise DataError(f"{source}: two folders are called {picture}")
         found.setdefault(picture, {"images": [], "masks": []})[kind].append(name)
     for picture, kinds in found.items():
-        if len(kinds["images"]) != 1:
-            count = len(kinds["images"])
+        if (count := len(kinds["images"])) != 1:
             raise DataError(f"{source}: {picture}/images has {count} pictures, expected one")
     if not any(kinds["masks"] for kinds in found.values()):
         raise DataError(
@@ -153,10 +151,9 @@ def _pictures(names: list[str], source) -> dict[str, tuple[str, list[str]]]:
 
 def _validation(names: list[str], share: float, given: Collection[str] | None) -> set[str]:
     if given is not None:
-        absent = sorted(set(given) - set(names))
-        if absent:
-            raise DataError(f"{len(absent)} validation pictures are not there, as {absent[0]}")
         val = set(given)
+        if absent := sorted(val - set(names)):
+            raise DataError(f"{len(absent)} validation pictures are not there, as {absent[0]}")
     else:
         if not 0 < share < 1:
             raise DataError(f"the share of validation pictures must be in (0, 1), got {share}")
@@ -182,7 +179,7 @@ def _write(files: _Files, pictures: dict, val: set[str], folder: Path, category:
         }
         for split in ("train", "val")
     }
-    counts = {split: {"images": 0, "objects": 0, "empty": 0} for split in content}
+    empty, ids = dict.fromkeys(content, 0), itertools.count(1)
     for number, name in enumerate(progress(sorted(pictures), desc="pictures", unit="img"), 1):
         file, masks = pictures[name]
         split = "val" if name in val else "train"
@@ -192,23 +189,22 @@ def _write(files: _Files, pictures: dict, val: set[str], folder: Path, category:
         content[split]["images"].append(
             {"id": number, "file_name": target, "height": height, "width": width}
         )
-        counts[split]["images"] += 1
         for mask in masks:
             pixels = _object(files.image(mask))
             if pixels.shape != (height, width):
-                raise DataError(
-                    f"{files.root}: {mask} is {pixels.shape[1]} x {pixels.shape[0]}, its picture "
-                    f"{width} x {height}"
-                )
-            if not pixels.any():
-                counts[split]["empty"] += 1
-                continue
-            counts[split]["objects"] += 1
-            found = {"id": sum(c["objects"] for c in counts.values()), "image_id": number}
-            content[split]["annotations"].append({**found, **_annotation(pixels)})
+                size = f"{pixels.shape[1]} x {pixels.shape[0]}"
+                raise DataError(f"{files.root}: {mask} is {size}, its picture {width} x {height}")
+            if pixels.any():
+                found = {"id": next(ids), "image_id": number, **_annotation(pixels)}
+                content[split]["annotations"].append(found)
+            else:
+                empty[split] += 1
     for split, text in content.items():
         (folder / "annotations" / f"{split}.json").write_text(json.dumps(text))
-    return counts
+    return {
+        split: {"images": len(c["images"]), "objects": len(c["annotations"]), "empty": empty[split]}
+        for split, c in content.items()
+    }
 
 
 def _object(image: Image.Image) -> np.ndarray:

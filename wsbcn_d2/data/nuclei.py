@@ -6,14 +6,17 @@ The set is stage1_train of the 2018 Data Science Bowl (BBBC038v1, Broad Institut
 import os
 from pathlib import Path
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
+from .names import is_free
 from .shapes import default_root
 
 __all__ = ["NUCLEI_SOURCE", "register_nuclei"]
 
 NUCLEI_SOURCE = "https://bbbc.broadinstitute.org/BBBC038"
+_HOW_TO_GET = (
+    f"get stage1_train.zip (CC0) from {NUCLEI_SOURCE}, run tools/prepare_nuclei.py stage1_train.zip"
+)
 
 
 def register_nuclei(root: str | os.PathLike | None = None) -> None:
@@ -27,21 +30,12 @@ def register_nuclei(root: str | os.PathLike | None = None) -> None:
             default ``$DETECTRON2_DATASETS`` or ``./datasets``, and names that are taken are left
             alone.
     """
-    replace = root is not None
     folder = (default_root() if root is None else Path(root)) / "nuclei"
     for split in ("train", "val"):
-        name = f"nuclei_{split}"
-        if name in DatasetCatalog.list():
-            if not replace:
-                continue
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
-        register_coco_instances(
-            name,
-            {
-                "how_to_get": f"get stage1_train.zip (CC0) from {NUCLEI_SOURCE}, run "
-                "tools/prepare_nuclei.py stage1_train.zip",
-            },
-            str(folder / "annotations" / f"{split}.json"),
-            str(folder / split),
-        )
+        if is_free(f"nuclei_{split}", replace=root is not None):
+            register_coco_instances(
+                f"nuclei_{split}",
+                {"how_to_get": _HOW_TO_GET},
+                str(folder / "annotations" / f"{split}.json"),
+                str(folder / split),
+            )

@@ -26,11 +26,7 @@ def is_deep(picture: Image.Image) -> bool:
 
 
 def check_range(limits: Sequence[float]) -> None:
-    """Refuse what is neither empty nor two rising numbers.
-
-    Raises:
-        DataError
-    """
+    """Refuse what is neither empty nor two rising numbers."""
     numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in limits)
     if limits and not (numbers and len(limits) == 2 and limits[0] < limits[1]):
         raise DataError(
@@ -79,10 +75,8 @@ class RangeMapper:
 
     def __call__(self, record: dict) -> dict:
         name = record["file_name"]
-        return {
-            **self.mapper({**record, "file_name": _ranged(name, self.limits)}),
-            "file_name": name,
-        }
+        mapped = self.mapper({**record, "file_name": _ranged(name, self.limits)})
+        return {**mapped, "file_name": name}
 
 
 def _ranged(path: str, limits: Sequence[float]) -> str:

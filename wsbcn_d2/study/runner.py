@@ -80,14 +80,16 @@ class _Process:
         before, self.iterations = self.iterations, max(self.iterations, self._read_iterations())
         return (self.iterations - before) * self.run.images_per_step
 
-    def stop(self) -> None:
+    def ask_to_stop(self) -> None:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGTERM)
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
+
+    def stop(self, deadline: float) -> None:
+        try:
+            self.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
         self.lock.close()
 
     def reason(self) -> str:
@@ -166,7 +168,10 @@ def run_all(
             bar.set_postfix_str(left, refresh=False)
     finally:
         for item in active:
-            item.stop()
+            item.ask_to_stop()
+        deadline = time.monotonic() + _PATIENCE
+        for item in active:
+            item.stop(deadline)
         signal.signal(signal.SIGTERM, previous)
         bar.close()
     return failures

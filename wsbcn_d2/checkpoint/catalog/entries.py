@@ -14,6 +14,7 @@ from ..metadata import DETECTRON2_BGR, IMAGENET_RGB, Pixels
 PREFIX = "wsbcn://"
 _JHU = "cs.jhu.edu/~syqiao"
 _OPENMMLAB = "https://download.openmmlab.com"
+_MIRROR = f"{_OPENMMLAB}/pretrain/third_party"
 _DETECTRON = "https://dl.fbaipublicfiles.com/detectron/ImageNetPretrained"
 _S3 = "https://open-mmlab.s3.ap-northeast-2.amazonaws.com"  # deprecated by its owners; last resort
 
@@ -42,69 +43,47 @@ class Entry:
 
 
 def url_file_name(url: str) -> str:
-    """Returns the file name at the end of a URL, unquoted."""
+    """The file name at the end of a URL, unquoted."""
     return unquote(urlparse(url).path).rsplit("/", 1)[-1]
 
 
 def url_digest(url: str) -> str | None:
-    """Returns the start of the SHA-256 that a URL's file name carries, or None."""
+    """The start of the SHA-256 that a URL's file name carries, or None."""
     return file_digest(url_file_name(url))
 
 
 def file_digest(path: str) -> str | None:
-    """Returns the start of the SHA-256 that a local file's name carries, or None."""
+    """The start of the SHA-256 that a local file's name carries, or None."""
     match = re.search(r"-([0-9a-f]{8})\.(?:pth|pkl)$", os.path.basename(path))
     return match[1] if match else None
 
 
+def _backbone(name, urls, formula, error="", pixels=IMAGENET_RGB, licence="not stated"):
+    norm = "BCN" if "BCN" in name else "GN"
+    score = f"top-1 error {error}" if error else "not reported"
+    return Entry(f"ImageNetPretrained/{name}", urls, norm, formula, pixels, licence, score)
+
+
 def _gn_ws(short, mirror, error):
-    return Entry(
-        f"ImageNetPretrained/{short}-GN-WS",
-        (
-            f"https://{_JHU}/WeightStandardization/{short}-GN-WS.pth.tar",
-            f"http://{_JHU}/WeightStandardization/{short}-GN-WS.pth.tar",
-            f"{_OPENMMLAB}/pretrain/third_party/{mirror}.pth",
-        ),
-        "GN",
-        "unbiased_std",
-        IMAGENET_RGB,
-        "not stated",
-        f"top-1 error {error}",
-    )
+    file = f"{_JHU}/WeightStandardization/{short}-GN-WS.pth.tar"
+    urls = (f"https://{file}", f"http://{file}", f"{_MIRROR}/{mirror}.pth")
+    return _backbone(f"{short}-GN-WS", urls, "unbiased_std", error)
 
 
 def _bcn_ws(short, file):
     urls = tuple(f"{http}://{_JHU}/BatchChannelNormalization/{file}" for http in ("https", "http"))
-    name = f"ImageNetPretrained/{short}-BCN-WS"
-    return Entry(name, urls, "BCN", "unbiased", IMAGENET_RGB, "not stated", "not reported")
+    return _backbone(f"{short}-BCN-WS", urls, "unbiased")
 
 
 def _detectron_gn(short, number, mirror, error):
-    return Entry(
-        f"ImageNetPretrained/{short}-GN",
-        (
-            f"{_DETECTRON}/{number}/{short}-GN.pkl",
-            f"{_OPENMMLAB}/pretrain/third_party/{mirror}.pth",  # the same weights, renamed
-        ),
-        "GN",
-        "none",
-        DETECTRON2_BGR,
-        "CC BY-SA 3.0",
-        f"top-1 error {error}",
-    )
+    # The mirror has the same weights, renamed.
+    urls = (f"{_DETECTRON}/{number}/{short}-GN.pkl", f"{_MIRROR}/{mirror}.pth")
+    return _backbone(f"{short}-GN", urls, "none", error, DETECTRON2_BGR, "CC BY-SA 3.0")
 
 
 def _jhu_gn(short, mirror):
     # The authors' baselines without WS; only this mirror is known. Input as their other files.
-    return Entry(
-        f"ImageNetPretrained/{short}-GN",
-        (f"{_OPENMMLAB}/pretrain/third_party/{mirror}.pth",),
-        "GN",
-        "none",
-        IMAGENET_RGB,
-        "not stated",
-        "not reported",
-    )
+    return _backbone(f"{short}-GN", (f"{_MIRROR}/{mirror}.pth",), "none")
 
 
 def _detector(name, stamp, score):

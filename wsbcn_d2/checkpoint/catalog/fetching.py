@@ -8,19 +8,19 @@ Without a network, set ``WSBCN_CHECKPOINTS`` to a folder of already downloaded f
 published names; it is looked at first.
 """
 
-import contextlib
 import logging
 import os
 import re
 import stat
 from dataclasses import replace
+from pathlib import Path
 
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
 
 from ...files import PART_FILE, locked, replacing
 from ..conversion import Options, convert
-from ..errors import CheckpointError
+from ..errors import CheckpointError, naming
 from ..files.containers import read_checkpoint
 from ..files.opening import file_sha256
 from ..metadata import METADATA_KEY
@@ -57,15 +57,14 @@ def fetch(name: str, cache_dir: str | None = None) -> str:
         os.makedirs(folder, exist_ok=True)
         with locked(os.path.join(folder, "entry.lock"), _PATIENCE):  # one download for all
             for leftover in (PART_FILE, _INCOMING):  # of a process that was killed
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(folder, leftover))
+                Path(folder, leftover).unlink(missing_ok=True)
             return _cached(folder) or _download(entry, folder)
     except OSError as err:  # a lock's time-out too
         raise CheckpointError(f"{PREFIX}{name}: {err}") from err
 
 
 def read_entry(name: str, path: str, origin: str | None = None) -> dict:
-    """Reads and converts a catalog entry's file.
+    """Reads and converts a catalog entry's file, which has to be what the catalog says it is.
 
     Args:
         name: entry name, without ``wsbcn://``.
@@ -75,24 +74,18 @@ def read_entry(name: str, path: str, origin: str | None = None) -> dict:
     Returns:
         dict as Detectron2's checkpoints: ``model`` and ``wsbcn_d2``; bare names with
         ``matching_heuristics`` for a backbone, full names for a detector.
-
-    Raises:
-        CheckpointError: not what the catalog says it is.
     """
     entry = _entry(name)
     origin = origin or re.sub(r"^[0-9a-f]{64}-", "", os.path.basename(path))
     options = Options("fpn" if entry.detector else "resnet", None, entry.norm, entry.formula)
     source = read_checkpoint(path)
-    try:
+    with naming(origin):
         state, report = convert(source, options)
-    except CheckpointError as err:
-        raise CheckpointError(f"{origin}: {err}") from err
-    if report.nonfinite:
-        raise CheckpointError(f"{origin}: NaN or Inf in {', '.join(report.nonfinite[:4])}")
-    if bool(report.detector) != entry.detector:
-        raise CheckpointError(f"{origin}: not {'a detector' if entry.detector else 'a backbone'}")
-    pixels = vars(entry.pixels)
-    metadata = replace(report.metadata, **pixels, presumed=(), source=origin)
+        if report.nonfinite:
+            raise CheckpointError(f"NaN or Inf in {', '.join(report.nonfinite[:4])}")
+        if bool(report.detector) != entry.detector:
+            raise CheckpointError(f"not {'a detector' if entry.detector else 'a backbone'}")
+    metadata = replace(report.metadata, **vars(entry.pixels), presumed=(), source=origin)
     data = {"model": state, METADATA_KEY: metadata.as_dict()}
     return data if entry.detector else data | {"matching_heuristics": True}
 
@@ -147,9 +140,8 @@ def _cached(folder: str) -> str | None:
 
 
 def _download(entry: Entry, folder: str) -> str:
-    tried = []
-    if os.environ.get(OFFLINE_VARIABLE):
-        tried.append(f"{os.environ[OFFLINE_VARIABLE]}: not there")
+    offline = os.environ.get(OFFLINE_VARIABLE)
+    tried = [f"{offline}: not there"] if offline else []
     # What can be verified comes first, what anybody on the way could change comes last.
     for url in sorted(entry.urls, key=lambda u: (not url_digest(u), u.startswith("http://"))):
         incoming = os.path.join(folder, _INCOMING)

@@ -32,10 +32,10 @@ def download(url: str, path: str) -> str:
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:
             digest = _receive(response, path)
     except urllib.error.HTTPError as err:
-        raise CheckpointError(f"{url}: HTTP {err.code} {_one_line(err.reason)}") from err
+        raise CheckpointError(f"{url}: HTTP {err.code} {err.reason}") from err
     except (urllib.error.URLError, http.client.HTTPException, OSError) as err:
         reason = getattr(err, "reason", None) or err
-        raise CheckpointError(f"{url}: {type(err).__name__} {_one_line(reason)}") from err
+        raise CheckpointError(f"{url}: {type(err).__name__} {reason}") from err
     try:
         check_head(path)
     except CheckpointError as err:
@@ -66,7 +66,3 @@ def _receive(response, path):
     if announced is not None and received != announced:
         raise CheckpointError(f"{response.url}: {received} of {announced} bytes: interrupted")
     return digest.hexdigest()
-
-
-def _one_line(reason):
-    return " ".join(str(reason).split())

@@ -20,8 +20,7 @@ _COPY = 1 << 24
 def unpickled(stream: BinaryIO, size: int, storage: Callable | None = None):
     """Reads the pickle at a stream's place, checked first; leaves the stream behind it.
 
-    Returns:
-        (what was pickled, names of the kinds of object left out).
+    Returns what was pickled and the names of the kinds of object left out.
     """
     start = stream.tell()
     check_opcodes(stream, size)
@@ -57,14 +56,7 @@ def _entries(archive: zipfile.ZipFile, size: int) -> tuple[str, dict[str, zipfil
 
 
 def read_archive(path: str, size: int, data: bool = True):
-    """Reads a zip file of torch's; without ``data`` its structure alone, tensors on "meta".
-
-    Returns:
-        as `unpickled`.
-
-    Raises:
-        CheckpointError: not as torch.save writes it, or unfitting sizes.
-    """
+    """As `unpickled`, of a zip file of torch's; without ``data`` with tensors on "meta"."""
     with zipfile.ZipFile(path) as archive:
         root, entries = _entries(archive, size)
         storages: dict[str, torch.Tensor] = {}
@@ -92,22 +84,13 @@ def read_archive(path: str, size: int, data: bool = True):
 
 def _fill(raw: np.ndarray, stream: BinaryIO) -> None:
     for start in range(0, len(raw), _COPY):
-        part = raw[start : start + _COPY]
-        block = stream.read(len(part))
-        if len(block) != len(part):
+        part = memoryview(raw)[start : start + _COPY]
+        if stream.readinto(part) != len(part):
             raise CheckpointError("cut short")
-        part[:] = np.frombuffer(block, np.uint8)
 
 
 def read_legacy(stream: BinaryIO, size: int):
-    """Reads the pickles after the magic number, then the storages.
-
-    Returns:
-        as `unpickled`.
-
-    Raises:
-        CheckpointError: as `read_archive`.
-    """
+    """As `unpickled`, of the pickles after the magic number and the storages after them."""
     storages: dict[str, tuple[np.ndarray, torch.Tensor]] = {}
 
     def storage(pid):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, naming
 from .opening import file_sha256, read_file
 
 _WRAPPERS = ("state_dict", "model", "model_state", "blobs")
@@ -32,11 +32,7 @@ class Source:
 
 
 def as_tensor(name: str, value) -> torch.Tensor:
-    """A state dict's entry as a tensor of its own.
-
-    Raises:
-        CheckpointError: something else, or a tensor with less data than its shape says.
-    """
+    """A state dict's entry as a tensor of its own, which has as much data as its shape says."""
     if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biuf":
         return torch.from_numpy(np.array(value))
     if not isinstance(value, torch.Tensor):
@@ -48,14 +44,7 @@ def as_tensor(name: str, value) -> torch.Tensor:
 
 
 def bare_names(names) -> dict[str, str]:
-    """Removes what wrappers put before names: DataParallel, torch.compile, Lightning.
-
-    Returns:
-        name as given -> bare name.
-
-    Raises:
-        CheckpointError: names that are no text, or two that mean the same.
-    """
+    """Name as given -> without what DataParallel, torch.compile and Lightning put before it."""
     if not all(isinstance(name, str) for name in names):
         raise CheckpointError("its keys are not names: not a state dict")
     bare = {name: name.replace("_orig_mod.", "").removeprefix("module.") for name in names}
@@ -70,15 +59,8 @@ def unwrap(data: dict, foreign: Sequence[str] = ()) -> Source:
     """Finds the state dict in a container and removes what wrappers put before names.
 
     Args:
-        data: as read: a bare state dict, or one under ``state_dict``, ``model``,
-            ``model_state`` or ``blobs``.
+        data: as read: a bare state dict, or one under a key of ``_WRAPPERS``.
         foreign: kinds of object that were left out of it.
-
-    Returns:
-        Source.
-
-    Raises:
-        CheckpointError: no state dict, an empty one, or entries that are not tensors.
     """
     wrapper = next((key for key in _WRAPPERS if isinstance(data.get(key), dict)), None)
     state = data[wrapper] if wrapper else data
@@ -109,9 +91,7 @@ def read_checkpoint(path: str) -> Source:
         CheckpointError: see `read_file` and `unwrap`; the message starts with the path.
     """
     data, foreign = read_file(path)
-    try:
+    with naming(path):
         source = unwrap(data, foreign)
-    except CheckpointError as err:
-        raise CheckpointError(f"{path}: {err}") from err
     source.sha256 = file_sha256(path)
     return source

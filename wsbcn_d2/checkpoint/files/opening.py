@@ -25,20 +25,16 @@ _NOT_CHECKPOINTS = (  # first bytes (lower case, after white space) -> what the 
 
 
 def file_sha256(path: str) -> str:
-    """Returns the hexadecimal SHA-256 of a file."""
+    """The hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
     with open(path, "rb") as stream:
-        digest = hashlib.sha256()
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 
 
 def check_head(path: str) -> bytes:
-    """Returns a file's first bytes.
-
-    Raises:
-        CheckpointError: no file, an empty one, or one of the things that downloads end up as.
-    """
+    """A file's first bytes; no file and the things that downloads end up as are refused."""
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: no such file")
     with open(path, "rb") as stream:

@@ -142,13 +142,10 @@ def _object(cls=Foreign, base=None, state=None):
     return cls() if isinstance(cls, type) and issubclass(cls, Foreign) else Foreign()
 
 
-def _tensor(storage, offset, size, stride, *rest, dtype=None):
-    flat = storage.view(dtype) if dtype else storage
+def _tensor(storage, offset, size, stride, grad=False, hooks=None, dtype=None, *rest):
+    """A tensor; a type of its own has version 3, the second one has metadata in that place."""
+    flat = storage.view(dtype) if isinstance(dtype, torch.dtype) else storage
     return torch.as_strided(flat, tuple(size), tuple(stride), offset)
-
-
-def _tensor_v3(storage, offset, size, stride, grad, hooks, dtype, *rest):
-    return _tensor(storage, offset, size, stride, dtype=dtype)
 
 
 def _typed(function, kind, args, state):
@@ -159,9 +156,7 @@ def _typed(function, kind, args, state):
 
 
 _TENSORS = {
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    **{f"torch._utils._rebuild_tensor{version}": _tensor for version in ("", "_v2", "_v3")},
     "torch._utils._rebuild_parameter": lambda data, *rest: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *rest: data,
 }
@@ -213,8 +208,7 @@ class RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module, name):
         """What a name in the pickle stands for; imports nothing.
 
-        Raises:
-            CheckpointError: a function or class of Python, numpy or torch that is not admitted.
+        Refused are functions and classes of Python, numpy and torch that are not admitted.
         """
         module = _RENAMED.get(module, module).replace("numpy._core", "numpy.core")
         path, root = f"{module}.{name}", module.split(".")[0]
@@ -246,8 +240,6 @@ class RestrictedUnpickler(pickle.Unpickler):
 
 _NAMES = {"GLOBAL", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"}
 _IN_PLACE = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
-
-
 _CONTAINERS = {"EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "LIST", "DICT"}
 
 

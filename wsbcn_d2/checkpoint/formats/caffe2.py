@@ -72,17 +72,10 @@ def _add_identity_statistics(mapped, eps=1e-5):
 def convert_caffe2(state: Mapping[str, torch.Tensor]) -> Mapped:
     """Renames Caffe2 blobs; a detector's background class is moved or cut by Detectron2's rules.
 
-    Args:
-        state: ``conv1_w``, ``res2_0_branch2a_gn_s``, ... -> tensors.
-
-    Returns:
-        Mapped: bare names for a backbone, a FPN detector's names for a detector.
-
-    Raises:
-        CheckpointError: blobs that mean nothing in a ResNet or FPN detector.
+    ``conv1_w``, ``res2_0_branch2a_gn_s``, ... get bare names for a backbone, a FPN detector's for a
+    detector; what means nothing in either is an error.
     """
-    rules = [*_DROPPED, Rule(r"[^.]+", r"\g<0>")]
-    kept = apply_rules(state, rules, "Caffe2")
+    kept = apply_rules(state, [*_DROPPED, Rule(r"[^.]+", r"\g<0>")], "Caffe2")
     try:
         renamed, sources = c2_model_loading.convert_c2_detectron_names(dict(kept.state))
     except (AssertionError, ValueError, IndexError) as err:
@@ -92,8 +85,8 @@ def convert_caffe2(state: Mapping[str, torch.Tensor]) -> Mapped:
             renamed[name] = kept.state[sources[name]]
     backbone_only = all(_BACKBONE.fullmatch(name) for name in renamed)
     table = [Rule(_BACKBONE.pattern, r"\g<0>")] if backbone_only else _DETECTOR
-    known = [re.compile(rule.pattern) for rule in table]
-    unknown = [sources[n] for n in renamed if not any(p.fullmatch(n) for p in known)]
+    known = re.compile("|".join(rule.pattern for rule in table))
+    unknown = [sources[name] for name in renamed if not known.fullmatch(name)]
     if unknown:
         raise CheckpointError(f"Caffe2 blobs of no known meaning: {', '.join(unknown[:4])}")
     mapped = apply_rules(renamed, table, "Caffe2")

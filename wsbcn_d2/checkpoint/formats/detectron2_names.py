@@ -17,9 +17,5 @@ _RULES = [
 
 
 def convert_detectron2(state: Mapping[str, torch.Tensor]) -> Mapped:
-    """Keeps Detectron2's names and drops what no model of today takes.
-
-    Returns:
-        Mapped.
-    """
+    """Keeps Detectron2's names and drops what no model of today takes."""
     return apply_rules(state, _RULES, "Detectron2")

@@ -24,9 +24,7 @@ def _flat(tensor):
 def resnet_rules(prefix: str = "", target: str = "") -> list[Rule]:
     """The table for a torchvision-style ResNet, whatever the norm, without the classifier.
 
-    Args:
-        prefix: what stands before ``layer1`` in the source, for example ``backbone.``.
-        target: put before the new names.
+    ``prefix`` stands before ``layer1`` in the source, ``target`` is put before the new names.
     """
 
     def rename(match):

@@ -16,12 +16,13 @@ from ..layout import BOTTOM_UP
 from .imagenet import resnet_rules, revive_counters
 from .rules import Mapped, Rule, apply_rules
 
-_CONV_NORM = r"(?:conv\.(weight|bias)|(?:gn|bn|norm)\.(.+))"
 
-
-def _conv_or_norm(name):
-    """New name of a mmcv ConvModule's conv or norm entry; ``name`` makes the module's name."""
-    return lambda m: f"{name(int(m[1]))}." + (m[2] or f"norm.{m[3]}")
+def _conv_modules(pattern, name, first):
+    """Rule for mmcv's ConvModules, numbered from 0; ours are called ``name`` from ``first`` on."""
+    return Rule(
+        rf"{pattern}\.(?:conv\.(weight|bias)|(?:gn|bn|norm)\.(.+))",
+        lambda m: f"{name}{int(m[1]) + first}." + (m[2] or f"norm.{m[3]}"),
+    )
 
 
 def _background_last(tensor):
@@ -43,31 +44,19 @@ def _rules(background_first):
     return [
         Rule(r"data_preprocessor\..+", None, "pixel statistics come from the config"),
         *resnet_rules("backbone.", BOTTOM_UP),
-        Rule(
-            rf"neck\.lateral_convs\.([0-3])\.{_CONV_NORM}",
-            _conv_or_norm(lambda i: f"backbone.fpn_lateral{i + 2}"),
-        ),
-        Rule(
-            rf"neck\.fpn_convs\.([0-3])\.{_CONV_NORM}",
-            _conv_or_norm(lambda i: f"backbone.fpn_output{i + 2}"),
-        ),
+        _conv_modules(r"neck\.lateral_convs\.([0-3])", "backbone.fpn_lateral", 2),
+        _conv_modules(r"neck\.fpn_convs\.([0-3])", "backbone.fpn_output", 2),
         Rule(rf"rpn_head\.rpn_conv{param}", r"proposal_generator.rpn_head.conv.\1"),
         Rule(rf"rpn_head\.rpn_cls{param}", r"proposal_generator.rpn_head.objectness_logits.\1"),
         Rule(rf"rpn_head\.rpn_reg{param}", r"proposal_generator.rpn_head.anchor_deltas.\1"),
-        Rule(
-            rf"{box}shared_convs\.(\d)\.{_CONV_NORM}",
-            _conv_or_norm(lambda i: f"roi_heads.box_head.conv{i + 1}"),
-        ),
+        _conv_modules(rf"{box}shared_convs\.(\d)", "roi_heads.box_head.conv", 1),
         Rule(
             rf"{box}shared_fcs\.(\d){param}",
             lambda m: f"roi_heads.box_head.fc{int(m[1]) + 1}.{m[2]}",
         ),
         Rule(rf"{box}fc_cls{param}", r"roi_heads.box_predictor.cls_score.\1", value=move[0]),
         Rule(rf"{box}fc_reg{param}", r"roi_heads.box_predictor.bbox_pred.\1", value=move[1]),
-        Rule(
-            rf"{mask}convs\.(\d)\.{_CONV_NORM}",
-            _conv_or_norm(lambda i: f"roi_heads.mask_head.mask_fcn{i + 1}"),
-        ),
+        _conv_modules(rf"{mask}convs\.(\d)", "roi_heads.mask_head.mask_fcn", 1),
         Rule(rf"{mask}upsample{param}", r"roi_heads.mask_head.deconv.\1"),
         Rule(rf"{mask}conv_logits{param}", r"roi_heads.mask_head.predictor.\1", value=move[2]),
     ]
@@ -81,14 +70,7 @@ def _rows(state, name, kind):
 
 
 def background_first(state: Mapping[str, torch.Tensor]) -> bool:
-    """Tells a version 1 detector (background in row 0) from a later one.
-
-    Returns:
-        True for version 1.
-
-    Raises:
-        CheckpointError: rows that are not those of the version.
-    """
+    """Tells a version 1 detector (background in row 0) from a later one, by names and rows."""
     first = not any(name.startswith("roi_head.") for name in state)
     for kind in ("weight", "bias"):
         classes = _rows(state, "bbox_head.fc_cls", kind)
@@ -108,15 +90,8 @@ def background_first(state: Mapping[str, torch.Tensor]) -> bool:
 def convert_mmdet(state: Mapping[str, torch.Tensor]) -> Mapped:
     """Renames a mmdetection Faster or Mask R-CNN; version 1 predictors get the background last.
 
-    Args:
-        state: ``backbone.conv1.weight``, ``neck...``, ``roi_head...`` (version 1 without that
-            prefix).
-
-    Returns:
-        Mapped, with Detectron2's names for a FPN detector.
-
-    Raises:
-        CheckpointError: unknown keys or predictor rows of no known version.
+    Names are ``backbone.conv1.weight``, ``neck...``, ``roi_head...`` (version 1 without that
+    prefix); they become Detectron2's for a FPN detector.
     """
     first = background_first(state)
     mapped = apply_rules(state, _rules(first), "mmdetection")

@@ -93,9 +93,6 @@ _UNSUPPORTED = {  # a key's pattern -> why such files cannot be used
 def detect_format(state: Mapping[str, torch.Tensor]) -> Format:
     """Tells the format by the names.
 
-    Returns:
-        Format.
-
     Raises:
         CheckpointError: none or several fit, or a format that is known not to be convertible.
     """
@@ -136,7 +133,6 @@ def presume_formula(
     """
     meta = meta if isinstance(meta, dict) else {}
     config = meta.get("config") or meta.get("cfg")  # mmdetection 1 and 2; 3
-    standard = fmt.formulas.get(norm)
     if isinstance(config, str) and fmt.name == "mmdet":
         if "ConvAWS" in config:
             raise CheckpointError("trained with ConvAWS, which has parameters of its own")
@@ -147,10 +143,10 @@ def presume_formula(
         if "ws" in words:
             return "unbiased_std", f"from the file's name, {file_name}", False
         return "none", f"from the file's name, {file_name}: GN without WS", False
-    if standard is None:
+    if norm not in fmt.formulas:
         return None, "such files do not say", False
     why = f"usual for {fmt.name} files with {norm}; names alone cannot tell"
-    return standard, why, False
+    return fmt.formulas[norm], why, False
 
 
 def presume_pixels(fmt: Format, norm: str, formula: str | None, detector: bool) -> Pixels | None:

@@ -47,19 +47,13 @@ class Mapped:
 def apply_rules(state: Mapping[str, torch.Tensor], rules: list[Rule], format_name: str) -> Mapped:
     """Renames a state dict by the first rule that matches each key.
 
-    Returns:
-        Mapped; tensors that no rule changes are the source's own, not copies.
-
-    Raises:
-        CheckpointError: a key that no rule knows, or two keys that get one name.
+    Tensors that no rule changes are the source's own, not copies. A key that no rule knows is an
+    error, and so are two keys that get one name.
     """
-    compiled = [(re.compile(rule.pattern), rule) for rule in rules]
     result, unknown = Mapped(), []
     for key, tensor in state.items():
-        match, rule = next(
-            ((m, rule) for pattern, rule in compiled if (m := pattern.fullmatch(key))),
-            (None, None),
-        )
+        matches = ((re.fullmatch(rule.pattern, key), rule) for rule in rules)
+        match, rule = next((found for found in matches if found[0]), (None, None))
         if match is None:
             unknown.append(key)
             continue

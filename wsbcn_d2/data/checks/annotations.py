@@ -12,11 +12,7 @@ _LISTS = ("images", "annotations", "categories")
 
 
 def check_content(content: object, found: Findings) -> list[dict]:
-    """Look at a parsed annotation file.
-
-    Args:
-        content: what the JSON holds.
-        found: faults, notes and facts are added.
+    """Look at a parsed annotation file; faults, notes and facts are added to ``found``.
 
     Returns:
         list[dict]: the entries of pictures that are whole.
@@ -69,9 +65,7 @@ def _check_categories(entries: list[dict], found: Findings) -> dict[int, dict]:
     names = [str(c.get("name")) for c in categories.values()]
     for name in sorted({name for name in names if names.count(name) > 1}):
         found.fault("two categories of one name", shown(name), "make them one, or rename one")
-    found.facts["categories"] = [
-        [key, str(categories[key].get("name"))] for key in sorted(categories)
-    ]
+    found.facts["categories"] = [[k, str(c.get("name"))] for k, c in sorted(categories.items())]
     points = {key: c["keypoints"] for key, c in categories.items() if c.get("keypoints")}
     for key, names in points.items():
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -85,24 +79,22 @@ def _check_images(entries: list[dict], found: Findings) -> dict[int, dict]:
     images = _by_id(entries, "image", found)
     if not entries:
         found.fault("no pictures", "'images' is empty", "list the pictures there")
-    files = collections.Counter()
-    for key, image in list(images.items()):
-        name, where = image.get("file_name"), f"image {key}"
-        sides = [image.get("height"), image.get("width")]
+    whole = {}
+    for key, image in images.items():
+        name, sides = image.get("file_name"), [image.get("height"), image.get("width")]
         if not isinstance(name, str) or not name:
-            found.fault("image without a file_name", where, "give it the picture's name")
+            found.fault("image without a file_name", f"image {key}", "give it the picture's name")
         elif not all(type(side) is int and side > 0 for side in sides):
-            where += f" has {shown(sides)}"
             mend = "give it the picture's size in whole pixels"
+            where = f"image {key} has {shown(sides)}"
             found.fault("image without height and width", where, mend)
         else:
-            files[name] += 1
-            continue
-        del images[key]
+            whole[key] = image
+    files = collections.Counter(image["file_name"] for image in whole.values())
     twice = [name for name, count in files.items() if count > 1]
     if twice:
         found.notes.append(f"{len(twice)} pictures are listed more than once, first {twice[0]!r}")
-    return images
+    return whole
 
 
 def _check_annotations(
@@ -112,8 +104,7 @@ def _check_annotations(
     facts |= dict.fromkeys(("objects", "crowds", "polygons", "rle", "unmasked", "keypoints"), 0)
     facts |= {"small": 0, "medium": 0, "large": 0, "points": [], "images": len(images)}
     per_class: dict[int, int] = collections.Counter()
-    with_objects = set()
-    boxes = []
+    with_objects, boxes = set(), []
     complete = not found.faults  # else every annotation of a missing image would be a fault too
     for annotation in _by_id(entries, "annotation", found).values():
         where = f"annotation {annotation['id']}"
@@ -141,9 +132,8 @@ def _check_annotations(
             found.fault("annotation with 'ignore'", where, mend)
         for key in ("area", "iscrowd"):
             if not _is_number(annotation.get(key)):
-                mend = "evaluation reads it: " + (
-                    "write the object's area in pixels" if key == "area" else "write 0"
-                )
+                what = "the object's area in pixels" if key == "area" else "0"
+                mend = f"evaluation reads it: write {what}"
                 found.fault(f"annotation without {key!r}", where, mend, test_only=True)
         if _check_box(annotation, image, where, found):
             boxes.append((annotation["bbox"], image))
@@ -163,7 +153,7 @@ def _check_annotations(
     if complete and not facts["objects"]:
         mend = "is it the right file? a set without objects teaches and measures nothing"
         found.fault("no object in the whole set", f"{len(entries)} annotations", mend)
-    idle = [str(categories[key].get("name")) for key in sorted(categories) if not per_class[key]]
+    idle = [name for key, name in facts["categories"] if not per_class[key]]
     if idle and len(idle) < len(categories):
         found.notes.append(f"{len(idle)} classes have no object, first {idle[0]!r}")
     _check_convention(boxes, found)

@@ -75,7 +75,13 @@ def check_sets(train: Iterable[str], test: Iterable[str], wanted: Wanted) -> Non
     _check_together(found)
     for name, findings in found.items():
         memory.keep(findings)
-        for note in findings.notes + _notes(findings.facts, wanted):
+        notes, classes = list(findings.notes), len(findings.facts["categories"])
+        if wanted.classes is not None and wanted.classes > classes:
+            notes.append(
+                f"the model has {wanted.classes} classes and the data {classes}: the others are "
+                f"never seen ({wanted.classes_key})"
+            )
+        for note in notes:
             logging.getLogger(__name__).warning(f"data set {name!r}: {note}")
 
 
@@ -140,24 +146,13 @@ def _check_keypoints(facts: dict, wanted: Wanted, refuse) -> None:
 
 def _check_together(found: dict[str, Findings]) -> None:
     """Classes go by their place in the list, which must be the same in all sets of a run."""
-    first = None
-    for name, findings in found.items():
-        classes = [text for _, text in findings.facts["categories"]]
-        if first and classes != first[1]:
-            only = sorted(set(classes) ^ set(first[1]))
+    classes = {name: [text for _, text in f.facts["categories"]] for name, f in found.items()}
+    first = next(iter(classes), None)
+    for name in classes:
+        if classes[name] != classes[first]:
+            only = sorted(set(classes[name]) ^ set(classes[first]))
             differ = f"{only[0]!r} is in one alone" if only else "they come in another order"
             raise DataError(
-                f"data sets {first[0]!r} and {name!r} have other categories: {differ}; list the "
+                f"data sets {first!r} and {name!r} have other categories: {differ}; list the "
                 "same categories with the same ids in both"
             )
-        first = first or (name, classes)
-
-
-def _notes(facts: dict, wanted: Wanted) -> list[str]:
-    classes = len(facts["categories"])
-    if wanted.classes is not None and wanted.classes > classes:
-        return [
-            f"the model has {wanted.classes} classes and the data {classes}: the others are never "
-            f"seen ({wanted.classes_key})"
-        ]
-    return []

@@ -37,14 +37,10 @@ def _look_at(json_file: str, images: str, decode: bool) -> Findings:
             content = json.load(file)
     except OSError as error:
         found.fault("no annotation file", f"{json_file}: {error.strerror}", "check the path")
-        return found
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
+        where = f"{os.path.basename(json_file)}: {' '.join(str(error).split())}"
         mend = "write it again: it breaks off, or is of another format"
-        found.fault(
-            "annotation file that is no JSON", f"{os.path.basename(json_file)}: {reason}", mend
-        )
-        return found
-    entries = check_content(content, found)
-    check_pictures(entries, images, found, decode=decode)
+        found.fault("annotation file that is no JSON", where, mend)
+    else:
+        check_pictures(check_content(content, found), images, found, decode=decode)
     return found

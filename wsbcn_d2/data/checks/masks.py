@@ -13,16 +13,10 @@ _PACKED = re.compile(r"[0-o]*[0-O]")  # of the last number, the last letter says
 
 
 def check_mask(mask: object, image: dict, where: str, found: Findings) -> str:
-    """Look at a ``segmentation``.
-
-    Args:
-        mask: what the annotation has; None or empty for no mask.
-        image: the entry of its picture.
-        where: of the annotation, for messages.
-        found: faults are added.
+    """Look at an annotation's ``segmentation``; faults are added to ``found``.
 
     Returns:
-        str: ``"polygons"``, ``"rle"`` or ``"unmasked"``.
+        str: ``"polygons"``, ``"rle"`` or, of none or an empty one, ``"unmasked"``.
     """
     if mask is None or mask == [] or mask == {}:
         return "unmasked"

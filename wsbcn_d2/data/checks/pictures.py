@@ -1,5 +1,6 @@
 """A look at the pictures of a set: are they there, readable, of the size and depth that is said?"""
 
+import collections
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,13 +26,9 @@ _MEND_TURNED = (
 def check_pictures(
     entries: Sequence[dict], folder: str, found: Findings, *, decode: bool = False
 ) -> None:
-    """Open every picture of a set, without reading its pixels.
+    """Open every picture of a set; faults, notes and facts are added to ``found``.
 
-    Args:
-        entries: of the annotation file: ``file_name``, ``height``, ``width``.
-        folder: what the file names start from.
-        found: faults, notes and facts are added.
-        decode: read the pixels too, which shows pictures that break off, and takes longer.
+    With ``decode`` their pixels are read too, which shows pictures that break off and takes longer.
     """
     facts = found.facts
     facts |= {"deep": 0, "sizes": []}
@@ -42,20 +39,19 @@ def check_pictures(
     def look(entry):
         return entry, _look(os.path.join(folder, entry["file_name"]), entry, decode)
 
+    counts = collections.Counter()
     with ThreadPoolExecutor(8) as pool:
         seen: Iterable = pool.map(look, entries)
         if len(entries) > _MANY:
             seen = progress(seen, total=len(entries), desc="Looking at pictures")
         for entry, (fault, notes, deep) in seen:
             if fault:
-                found.fault(fault[0], fault[1], fault[2])
-            for note in notes:
-                facts.setdefault("picture_notes", {}).setdefault(note, 0)
-                facts["picture_notes"][note] += 1
+                found.fault(*fault)
+            counts.update(notes)
             if deep:
                 facts["deep"] += 1
                 facts.setdefault("first_deep", [entry["file_name"], deep])
-    found.notes += [f"{n} pictures: {note}" for note, n in facts.pop("picture_notes", {}).items()]
+    found.notes += [f"{n} pictures: {note}" for note, n in counts.items()]
     if facts["deep"]:
         facts["deep_range"] = _range_of(os.path.join(folder, facts["first_deep"][0]))
     sizes = [(entry["width"], entry["height"]) for entry in entries]
@@ -102,9 +98,8 @@ def _notes(picture: Image.Image) -> list[str]:
     notes = []
     if getattr(picture, "n_frames", 1) > 1:
         notes.append("of several frames, of which the first is used")
-    if any(";16" in str(tile[3]) for tile in picture.tile or [] if len(tile) > 3) and not is_deep(
-        picture
-    ):
+    layouts = [str(tile[3]) for tile in picture.tile or [] if len(tile) > 3]
+    if any(";16" in layout for layout in layouts) and not is_deep(picture):
         notes.append("colour of 16 bits, of which the upper 8 are used")
     return notes
 
@@ -115,10 +110,9 @@ def _mend_missing(path: str, name: str) -> str:
     if "://" in name:
         return "download it: file_name is a path in the picture folder"
     folder, base = os.path.split(path)
-    if os.path.isdir(folder):
-        alike = [other for other in os.listdir(folder) if other.lower() == base.lower()]
-        if alike:
-            return f"there is {alike[0]}: case counts"
+    present = os.listdir(folder) if os.path.isdir(folder) else []
+    if alike := [other for other in present if other.lower() == base.lower()]:
+        return f"there is {alike[0]}: case counts"
     return f"put it into {folder}, or give the folder that file_name starts from"
 
 

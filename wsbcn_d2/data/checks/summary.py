@@ -4,21 +4,12 @@ __all__ = ["summarize"]
 
 
 def summarize(facts: dict) -> str:
-    """Text about a set that was looked at.
-
-    Args:
-        facts: of :class:`Findings`.
-
-    Returns:
-        str: several lines.
-    """
+    """Several lines about a set that was looked at, from its :class:`Findings`' facts."""
     images, objects = facts["images"], facts["objects"]
     (low_w, low_h), (high_w, high_h) = facts["sizes"]
     names = dict(facts["categories"])
-    shares = [
-        f"{100 * facts[size] / max(objects, 1):.0f} % {size}"
-        for size in ("small", "medium", "large")
-    ]
+    sizes = ("small", "medium", "large")
+    shares = [f"{100 * facts[size] / max(objects, 1):.0f} % {size}" for size in sizes]
     lines = [
         f"pictures   {images}, of {low_w} x {low_h} to {high_w} x {high_h} pixels; "
         f"{images - facts['with_objects']} without objects",

@@ -14,7 +14,11 @@ __all__ = ["CenterCrop", "PadAndCrop", "RandomResizedCrop"]
 
 
 class RandomResizedCrop(T.Augmentation):
-    """Cuts out a random part of an image and resizes it to a square (Inception-style crop)."""
+    """Cuts out a random part of an image and resizes it to a square (Inception-style crop).
+
+    ``size`` is the side of the result, ``scale`` the smallest and largest share of the image's
+    area, ``ratio`` the smallest and largest width over height.
+    """
 
     def __init__(
         self,
@@ -22,12 +26,6 @@ class RandomResizedCrop(T.Augmentation):
         scale: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
     ):
-        """
-        Args:
-            size: side of the result.
-            scale: smallest and largest share of the image's area.
-            ratio: smallest and largest width over height.
-        """
         super().__init__()
         self._init(locals())
 
@@ -45,14 +43,9 @@ class RandomResizedCrop(T.Augmentation):
 
 
 class PadAndCrop(T.Augmentation):
-    """Pads with zeros on all sides, then cuts out a square at a random place."""
+    """Pads with ``padding`` zeros on all sides, then cuts out a square at a random place."""
 
     def __init__(self, size: int, padding: int = 4):
-        """
-        Args:
-            size: side of the result; at most that of the padded image.
-            padding: pixels on each side.
-        """
         super().__init__()
         self._init(locals())
 
@@ -75,13 +68,9 @@ class PadAndCrop(T.Augmentation):
 
 
 class CenterCrop(T.Augmentation):
-    """Cuts out the middle square."""
+    """Cuts out the middle square, which is at most as large as the image."""
 
     def __init__(self, size: int):
-        """
-        Args:
-            size: side of the result; at most that of the image.
-        """
         super().__init__()
         self._init(locals())
 

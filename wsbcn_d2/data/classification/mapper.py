@@ -1,8 +1,5 @@
 """From classification records to model inputs, and the names of the data sets."""
 
-from __future__ import annotations
-
-import copy
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +8,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import (
-    DatasetCatalog,
     DatasetFromList,
     MapDataset,
     MetadataCatalog,
@@ -22,6 +18,7 @@ from detectron2.data import transforms as T
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import InferenceSampler
 
+from ..names import is_free
 from ..shapes import default_root, register_shapes_crops
 from .augmentation import CenterCrop, PadAndCrop, RandomResizedCrop
 from .sources import register_cifar, register_image_folder
@@ -103,16 +100,15 @@ class ClassificationMapper:
                 f"label {record['label']} of image {record['image_id']}: set "
                 f"MODEL.CLASSIFIER.NUM_CLASSES, now {self.num_classes}, to the data set's number"
             )
-        record = copy.copy(record)
         image = T.AugInput(self._read(record))
         self.augmentations(image)
         chw = np.ascontiguousarray(image.image.transpose(2, 0, 1))
-        record["image"] = torch.as_tensor(chw)
-        return record
+        rest = {key: value for key, value in record.items() if key != "pixels"}
+        return {**rest, "image": torch.as_tensor(chw)}
 
     def _read(self, record: dict) -> np.ndarray:
         if "pixels" in record:
-            image = record.pop("pixels")
+            image = record["pixels"]
             return image if self.image_format == "RGB" else image[:, :, ::-1]
         image = utils.read_image(record["file_name"], format=self.image_format)
         if "crop_box" in record:
@@ -132,9 +128,7 @@ def classification_mapper(
         is_train: with the training augmentation.
     """
     kinds = {MetadataCatalog.get(name).get("evaluator_type") for name in names}
-    if kinds == {"classification"}:
-        return ClassificationMapper(cfg, is_train)
-    return None
+    return ClassificationMapper(cfg, is_train) if kinds == {"classification"} else None
 
 
 def classification_test_loader(cfg: CfgNode, name: str) -> torch.utils.data.DataLoader | None:
@@ -177,22 +171,12 @@ def register_classification(root: str | os.PathLike | None = None) -> None:
     replace = root is not None
     root = default_root() if root is None else Path(root)
     for split in ("train", "val"):
-        if _is_free(f"imagenet_{split}", replace):
-            register_image_folder(f"imagenet_{split}", root / "imagenet" / split)
-        if _is_free(f"cifar10_jpg_{split}", replace):
-            register_image_folder(f"cifar10_jpg_{split}", root / "cifar10_jpg" / split)
-        if _is_free(f"shapes_cls_{split}", replace):
+        for dataset in ("imagenet", "cifar10_jpg"):
+            if is_free(f"{dataset}_{split}", replace):
+                register_image_folder(f"{dataset}_{split}", root / dataset / split)
+        if is_free(f"shapes_cls_{split}", replace):
             register_shapes_crops(f"shapes_cls_{split}", f"shapes_{split}")
     for dataset in ("cifar10", "cifar100"):
         for split in ("train", "test"):
-            if _is_free(f"{dataset}_{split}", replace):
+            if is_free(f"{dataset}_{split}", replace):
                 register_cifar(f"{dataset}_{split}", root, dataset, split)
-
-
-def _is_free(name: str, replace: bool) -> bool:
-    if name not in DatasetCatalog.list():
-        return True
-    if replace:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-    return replace

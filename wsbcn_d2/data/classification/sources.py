@@ -4,8 +4,6 @@ CIFAR's files are pickles, which can run code when they are read: torchvision ho
 against the MD5 of the original before it opens any.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,8 +1,6 @@
 """An image-classification view of the shapes set: one record per object, cut out with its
 surroundings. Pre-training on it needs no images beyond those that the detector trains on."""
 
-from __future__ import annotations
-
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
@@ -40,16 +38,9 @@ def object_crops(records: list[dict], margin: float = MARGIN) -> list[dict]:
                 min(record["width"], int(x + half) + 1),
                 min(record["height"], int(y + half) + 1),
             )
-            crops.append(
-                {
-                    "file_name": record["file_name"],
-                    "height": record["height"],
-                    "width": record["width"],
-                    "image_id": len(crops),
-                    "label": annotation["category_id"],
-                    "crop_box": box,
-                }
-            )
+            crop = {key: record[key] for key in ("file_name", "height", "width")}
+            crop |= {"image_id": len(crops), "label": annotation["category_id"], "crop_box": box}
+            crops.append(crop)
     return crops
 
 

@@ -3,8 +3,6 @@
 Masks come from functions evaluated at the pixel centres, so that they depend on no drawing library.
 """
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np
@@ -23,8 +21,7 @@ def shape_distance(category: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
     Args:
         category: index into `CLASSES`.
-        x: coordinates, any shape; the object's radius is 1.
-        y: coordinates of the same shape, downwards like image rows.
+        x, y: coordinates of one shape, y downwards like image rows; the object's radius is 1.
 
     Returns:
         Array of the same shape: negative inside, positive outside.
@@ -41,10 +38,7 @@ def shape_distance(category: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if name == "triangle":
         return np.maximum(y, 0.5 * np.sqrt(3.0) * ax - 0.5 * y) - 0.5
     if name == "cross":
-        return np.minimum(
-            np.maximum(ax - 1, ay - _CROSS),
-            np.maximum(ax - _CROSS, ay - 1),
-        )
+        return np.minimum(np.maximum(ax - 1, ay - _CROSS), np.maximum(ax - _CROSS, ay - 1))
     # The star: fold the plane into one tenth, where the outline is a single straight edge.
     tenth = np.pi / 5
     angle = np.abs(np.mod(np.arctan2(x, -y) + tenth, 2 * tenth) - tenth)

@@ -1,21 +1,14 @@
 """Registers the "shapes" set with Detectron2's catalogs; nothing is written until it is loaded."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.coco import load_coco_json
 
+from ..names import forget
 from .outline import CLASSES
-from .write import (
-    DEFAULT_IMAGE_SIZE,
-    ShapesSpec,
-    annotation_file,
-    default_root,
-    ensure_shapes,
-)
+from .write import DEFAULT_IMAGE_SIZE, ShapesSpec, annotation_file, default_root, ensure_shapes
 
 _GENERATOR = "wsbcn_d2.shapes"
 
@@ -76,8 +69,7 @@ def _register(name: str, root: str | os.PathLike | None, split: str, spec: Shape
             )
         if metadata.json_file == json_file:
             return
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+        forget(name)
 
     def load() -> list[dict]:
         ensure_shapes(root, spec)

@@ -6,8 +6,6 @@ over the scene, objects occlude each other and are cut by the frame. Colours are
 looking at the class: only the outline names it, and most of the time a typical pattern hints at it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Surfaces of the "shapes" scenes: 1/f noise, patterns and colours."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 
@@ -32,12 +30,7 @@ def power_law_noise(
 ) -> np.ndarray:
     """Noise fields whose spectral amplitude falls as 1 / f**exponent.
 
-    Args:
-        rng: source of randomness.
-        count: number of independent fields.
-        height: rows.
-        width: columns.
-        exponent: 1 for natural images, 0 for white noise.
+    The exponent is 1 for natural images, 0 for white noise.
 
     Returns:
         float64 array (count, height, width); each field has mean 0 and standard deviation 1.
@@ -46,8 +39,7 @@ def power_law_noise(
     rows, cols = (height + 15) // 8 * 8, (width + 15) // 8 * 8
     spectrum = rng.standard_normal((count, rows, cols // 2 + 1, 2)).view(np.complex128)[..., 0]
     spectrum *= _amplitudes(rows, cols, exponent)
-    fields = np.fft.irfft2(spectrum, s=(rows, cols))
-    fields = fields[:, :height, :width]
+    fields = np.fft.irfft2(spectrum, s=(rows, cols))[:, :height, :width]
     fields -= fields.mean(axis=(1, 2), keepdims=True)
     fields /= fields.std(axis=(1, 2), keepdims=True)
     return fields
@@ -100,11 +92,6 @@ def background(
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Draws a 1/f background, half of the time of two regions.
 
-    Args:
-        rng: source of randomness.
-        height: rows.
-        width: columns.
-
     Returns:
         float64 array (height, width, 3), about 0..1, and its one or two mean colours (3,).
     """
@@ -129,8 +116,7 @@ def object_surface(
     Args:
         rng: source of randomness.
         category: its typical pattern is chosen more often than the others.
-        u: object coordinates in pixels, (H, W).
-        v: the same across, (H, W).
+        u, v: object coordinates in pixels, (H, W) each.
         others: mean colours (3,) around it to keep away from.
 
     Returns:

@@ -5,8 +5,6 @@ folder with the final name is complete, whatever was killed on the way. A file l
 several processes render while the others wait.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -67,15 +65,13 @@ class ShapesSpec:
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         if not 32 <= self.image_size[0] <= self.image_size[1]:
-            raise ValueError(
-                f"image_size must be 32 <= smallest <= largest side, got {self.image_size}"
-            )
+            size = self.image_size
+            raise ValueError(f"image_size must be 32 <= smallest <= largest side, got {size}")
 
     def stamp(self) -> dict:
         """The contents of the folder's stamp that must match, as JSON reads them back."""
-        return json.loads(
-            json.dumps({"generator_version": GENERATOR_VERSION, "classes": CLASSES, **asdict(self)})
-        )
+        stamp = {"generator_version": GENERATOR_VERSION, "classes": CLASSES, **asdict(self)}
+        return json.loads(json.dumps(stamp))
 
     @property
     def folder_name(self) -> str:
@@ -129,18 +125,16 @@ def _write_split(folder: Path, split: str, count: int, spec: ShapesSpec) -> dict
                     "segmentation": segmentation,
                 }
             )
-    categories = [
-        {"id": i + 1, "name": name, "supercategory": "shape"} for i, name in enumerate(CLASSES)
-    ]
-    text = json.dumps(
-        {
-            "info": {"description": f"shapes {split}", "version": str(GENERATOR_VERSION)},
-            "licenses": [],
-            "images": images,
-            "annotations": annotations,
-            "categories": categories,
-        }
-    )
+    content = {
+        "info": {"description": f"shapes {split}", "version": str(GENERATOR_VERSION)},
+        "licenses": [],
+        "images": images,
+        "annotations": annotations,
+        "categories": [
+            {"id": i, "name": name, "supercategory": "shape"} for i, name in enumerate(CLASSES, 1)
+        ],
+    }
+    text = json.dumps(content)
     annotation_file(folder, split).write_text(text, encoding="ascii")
     digest = hashlib.sha256(text.encode()).hexdigest()
     return {"images": count, "image_bytes": size_on_disk, "annotations_sha256": digest}
