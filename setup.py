@@ -61,7 +61,7 @@ setup(
     packages=[*find_packages(include=["wsbcn_d2*"]), "wsbcn_d2.configs"],
     package_dir={"wsbcn_d2.configs": "configs"},
     package_data={
-        "wsbcn_d2": ["py.typed", "**/*.cpp"],
+        "wsbcn_d2": ["py.typed", "**/*.cpp", "**/*.h"],
         "wsbcn_d2.configs": ["**/*.yaml", "**/*.py"],
     },
     entry_points={

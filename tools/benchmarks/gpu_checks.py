@@ -15,7 +15,7 @@ from torch import nn
 from wsbcn_d2 import BatchChannelNorm2d, WSConv2d, standardize_weight
 from wsbcn_d2.layers import WS_FORMULAS
 from wsbcn_d2.layers.kernels import dispatch
-from wsbcn_d2.layers.kernels.triton_nodes import nodes
+from wsbcn_d2.layers.kernels.cuda_nodes import nodes
 
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 # Largest error allowed, relative to the largest value.

@@ -85,9 +85,9 @@ def apart(name: str, deadline: float) -> str:
 
 def all_apart(deadline: float) -> list[Row]:
     """Every check, as many at a time as there are cores."""
-    from wsbcn_d2.layers.kernels import triton_nodes
+    from wsbcn_d2.layers.kernels import cuda_nodes
 
-    triton_nodes.nodes()  # built once, not by each
+    cuda_nodes.nodes()  # built once, not by each
     with ThreadPoolExecutor(min(len(CHECKS), os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda name: one(name, lambda: apart(name, deadline)), CHECKS))
 

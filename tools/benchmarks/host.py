@@ -25,7 +25,7 @@ _DEPTH, _CHANNELS = 20, 64
 @contextlib.contextmanager
 def launches_stubbed():
     """Within, the layers run on CPU tensors what they run on a GPU, but nothing is launched."""
-    from wsbcn_d2.layers.kernels import triton_bcn, triton_nodes, triton_ws
+    from wsbcn_d2.layers.kernels import cuda_nodes, triton_bcn, triton_ws
     from wsbcn_d2.layers.kernels import triton_launch as launch
 
     def stub(code, programs, aligned, args):
@@ -44,8 +44,8 @@ def launches_stubbed():
     # What was prepared launches nothing.
     for kept in (launch.code, triton_bcn._forward, triton_bcn._backward, triton_ws._plan):
         kept.cache_clear()
-    if triton_nodes.nodes() is not None:
-        triton_nodes.nodes().forget()
+    if cuda_nodes.nodes() is not None:
+        cuda_nodes.nodes().forget()
 
 
 def host_mode(runner: Runner, args) -> dict:

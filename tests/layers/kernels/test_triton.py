@@ -18,7 +18,7 @@ pytest.importorskip("triton", "3.4", reason="Triton 3.4 or newer is not installe
 import aot
 
 from wsbcn_d2 import BatchChannelNorm2d, WSConv2d
-from wsbcn_d2.layers.kernels import build, dispatch, triton_bcn, triton_nodes, triton_ws
+from wsbcn_d2.layers.kernels import build, cuda_nodes, dispatch, triton_bcn, triton_ws
 from wsbcn_d2.layers.kernels import triton_launch as launch
 
 ROOT = Path(__file__).parents[3]
@@ -361,17 +361,17 @@ def test_without_a_compiler_python_serves_and_says_so(monkeypatch, caplog):
         raise OSError("there is no C++ compiler (c++, g++ or $CXX)")
 
     monkeypatch.setattr(build, "load_module", fail)
-    triton_nodes.nodes.cache_clear()
+    cuda_nodes.nodes.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
-            assert triton_nodes.nodes() is None and triton_bcn.nodes() is None
+            assert cuda_nodes.nodes() is None and triton_bcn.nodes() is None
         (record,) = caplog.records  # one, however often it is asked
         assert "three times the host time" in record.message and "no C++ compiler" in record.message
         monkeypatch.setattr(torch.version, "hip", "6.0")
-        triton_nodes.nodes.cache_clear()
-        assert triton_nodes.nodes() is None and len(caplog.records) == 1  # not for ROCm
+        cuda_nodes.nodes.cache_clear()
+        assert cuda_nodes.nodes() is None and len(caplog.records) == 1  # not for ROCm
     finally:
-        triton_nodes.nodes.cache_clear()
+        cuda_nodes.nodes.cache_clear()
 
 
 def test_only_kernels_of_the_expected_kind_are_launched_without_python():

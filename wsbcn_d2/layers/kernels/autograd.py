@@ -21,7 +21,7 @@ from types import ModuleType
 
 import torch
 
-from .triton_nodes import answers
+from .cuda_nodes import answers
 
 __all__ = ["fused_bcn", "fused_standardize", "gradients_of_bcn"]
 

@@ -1,4 +1,4 @@
-"""Building and loading ``cpu.cpp`` and ``triton_nodes.cpp``.
+"""Building and loading ``cpu.cpp`` and ``cuda_nodes.cpp``.
 
 The first includes no PyTorch header, so building takes a second or two; the second, which a GPU
 alone needs, takes half a minute. Results are kept in the user's cache folder (``$XDG_CACHE_HOME``
@@ -67,7 +67,9 @@ def _build(source: Path, flags: tuple[str, ...], libraries: tuple[str, ...] = ()
     version = subprocess.run(
         [command[0], "--version"], capture_output=True, text=True, check=True
     ).stdout
-    key = [source.read_text("utf-8"), *command, version, platform.machine(), _processor()]
+    sources = [source, *sorted(_HERE.glob("*.h"))]
+    key = [path.read_text("utf-8") for path in sources]
+    key += [*command, version, platform.machine(), _processor()]
     digest = hashlib.sha256("\0".join(key).encode()).hexdigest()[:16]
     folder = _cache_folder()
     path = folder / f"{source.stem}-{digest}.so"

@@ -15,7 +15,7 @@ inverse)``, each (C,): the estimates that were used, the variance as 1 / sqrt(va
 ``ws_forward(weight, formula, eps, dtype) -> (out, saved)`` and
 ``ws_backward(dy, weight, saved, formula, eps) -> d_weight``.
 
-``nodes()`` is None or what does all of it, in C++, where it can (:mod:`.triton_nodes`).
+``nodes()`` is None or what does all of it, in C++, where it can (:mod:`.cuda_nodes`).
 
 ``takes_bcn(x, weight, bias, bn_weight, bn_bias, bn_mean, bn_var, bn_count) -> bool`` and
 ``takes_ws(weight) -> bool``: whether these tensors, which are plain ones, may be handed over.

@@ -17,10 +17,10 @@ from triton import cdiv, next_power_of_2
 
 from . import triton_launch as launch
 from .autograd import gradients_of_bcn
+from .cuda_nodes import answers, nodes
 from .triton_bcn_backward import combine, settle_backward, sums
 from .triton_bcn_forward import apply, moments, settle
 from .triton_launch import Launch, dense, plan
-from .triton_nodes import answers, nodes
 
 __all__ = ["bcn_backward", "bcn_constants", "bcn_forward", "nodes", "takes_bcn"]
 

@@ -129,19 +129,24 @@ class _Code:
             count: arguments and constants; Triton before 3.3 leaves the constants out.
         """
         try:
-            types = [kind for kind in made.src.signature.values() if kind != "constexpr"]
             if len(made.src.signature) != count:
                 return
             self.function, self.metadata = made.function, made.packed_metadata
-            self.run, about = made.run, made.metadata
-            special = about.global_scratch_size, about.profile_scratch_size, about.num_ctas - 1
-            if any((*special, about.launch_cooperative_grid, about.launch_pdl)):
-                return
+            self.run = made.run  # last: it says that the others are there
+            self.plain = self._without_python(made)
         except AttributeError:  # another Triton, or its interpreter
             return
+
+    def _without_python(self, made) -> tuple[int, int, int] | None:
+        about = made.metadata
+        special = about.global_scratch_size, about.profile_scratch_size, about.num_ctas - 1
+        if any((*special, about.launch_cooperative_grid, about.launch_pdl)):
+            return None
         # Pointers, perhaps a rate, sizes: what the nodes in C++ pass.
-        if re.fullmatch(r"(\*\w+ )+(fp64 )?(i32 )*", "".join(f"{kind} " for kind in types)):
-            self.plain = made.function, 32 * self.warps, about.shared
+        kinds = "".join(f"{t} " for t in made.src.signature.values() if t != "constexpr")
+        if not re.fullmatch(r"(\*\w+ )+(fp64 )?(i32 )*", kinds):
+            return None
+        return made.function, 32 * self.warps, about.shared
 
 
 @functools.cache
@@ -151,7 +156,7 @@ def code(kernel, kinds: tuple, warps: int, constants: tuple) -> _Code:
 
 
 def plan(kept: int, scratch: int, *launches: "Launch") -> tuple | None:
-    """What :mod:`.triton_nodes` is to know of a pass; None while a launch is not compiled."""
+    """What :mod:`.cuda_nodes` is to know of a pass; None while a launch is not compiled."""
     plain = tuple(launch.plain() for launch in launches)
     return None if None in plain else (kept, scratch, plain)
 

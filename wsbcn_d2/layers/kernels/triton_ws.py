@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 
 from . import triton_launch as launch
+from .cuda_nodes import answers, nodes
 from .triton_launch import Launch, dense, plan
-from .triton_nodes import answers, nodes
 
 __all__ = ["nodes", "takes_ws", "ws_backward", "ws_forward"]
 

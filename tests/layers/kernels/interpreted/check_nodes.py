@@ -10,10 +10,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from wsbcn_d2 import BatchChannelNorm2d, EstimatedBatchNorm2d, WSConv2d
-from wsbcn_d2.layers.kernels import triton_bcn, triton_nodes, triton_ws
+from wsbcn_d2.layers.kernels import cuda_nodes, triton_bcn, triton_ws
 from wsbcn_d2.layers.kernels import triton_launch as launch
 
-NODES = triton_nodes.nodes()
+NODES = cuda_nodes.nodes()
 DRIVER = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p,
     ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p,
@@ -79,9 +79,9 @@ def driver(monkeypatch):
     for cache in caches:
         cache.cache_clear()
     NODES.forget()
-    NODES.start(ctypes.cast(driver.function, ctypes.c_void_p).value, triton_nodes._ask)
+    NODES.start(ctypes.cast(driver.function, ctypes.c_void_p).value, cuda_nodes._ask)
     yield driver
-    NODES.start(0, triton_nodes._ask)
+    NODES.start(0, cuda_nodes._ask)
     NODES.forget()
     for cache in caches:
         cache.cache_clear()

@@ -1,4 +1,4 @@
-"""``triton_nodes.cpp``: autograd nodes that launch what Triton has compiled, without Python.
+"""``cuda_nodes.cpp``: autograd nodes that launch what Triton has compiled, without Python.
 
 An ``autograd.Function`` costs the host more than a whole ``nn.GroupNorm`` of PyTorch does, before
 it computes anything, and at one or two images a step waits for the host. What is written here in
@@ -47,7 +47,7 @@ def nodes() -> ModuleType | None:
     if torch.version.hip is not None:
         return None
     try:
-        module = build.load_module("triton_nodes")
+        module = build.load_module("cuda_nodes")
         module.start(_launcher() if torch.cuda.is_available() else 0, _ask)
     except (OSError, AttributeError) as error:
         _logger.warning(
