@@ -58,7 +58,9 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _build(source: Path, flags: tuple[str, ...], libraries: tuple[str, ...] = ()) -> Path:
+def _build(
+    source: Path, flags: tuple[str, ...], libraries: tuple[str, ...] = (), seconds: int = 120
+) -> Path:
     """Path of what a source is compiled to, which is done if the cache has none."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if not compiler:
@@ -79,7 +81,7 @@ def _build(source: Path, flags: tuple[str, ...], libraries: tuple[str, ...] = ()
             made = Path(work) / path.name
             subprocess.run(
                 [*command, str(source), "-o", str(made), *libraries],
-                capture_output=True, text=True, check=True, timeout=300,
+                capture_output=True, text=True, check=True, timeout=seconds,
             )  # fmt: skip
             made.replace(path)
     return path
@@ -126,7 +128,7 @@ def load_module(name: str) -> ModuleType:
     libraries = f"-L{home / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-lc10"
 
     def find():
-        path = _build(_HERE / f"{name}.cpp", flags, libraries)
+        path = _build(_HERE / f"{name}.cpp", flags, libraries, seconds=600)
         loader = importlib.machinery.ExtensionFileLoader(name, str(path))
         module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
         loader.exec_module(module)

@@ -5,8 +5,6 @@
 // tensors, memory laid out in another way, launches that Triton has not compiled yet. Python's way
 // then serves. How kernels are launched for a shape is asked of Python once and kept.
 
-#include "cuda_launch.h"
-
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -14,6 +12,8 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
+
+#include "cuda_launch.h"
 
 using torch::autograd::SavedVariable;
 
