@@ -303,6 +303,12 @@ def test_wrong_input_is_one_line(tool, monkeypatch, tmp_path, capsys, arguments,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_config_runs_on_the_cpu_where_there_is_no_gpu(there, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert lazy.load_lazy_config(CONFIG).train.device == ("cuda" if there else "cpu")
+
+
 @pytest.mark.parametrize("family", ["mask", "faster", "retinanet"])
 def test_what_a_python_config_says_of_its_data(family):
     cfg = LazyConfig.load(str(lazy_path(FAMILIES[family])))

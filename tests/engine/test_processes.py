@@ -8,7 +8,7 @@ import torch.distributed as dist
 from detectron2.utils import comm
 
 from wsbcn_d2.engine import launch
-from wsbcn_d2.engine.processes import world_size_of
+from wsbcn_d2.engine.processes import run_command, world_size_of
 
 
 def arguments(**kwargs):
@@ -74,3 +74,7 @@ def test_under_torchrun_the_group_is_left_after_a_failure_too(torchrun):
     with pytest.raises(RuntimeError, match="out of memory"):
         launch(main, arguments())
     assert not dist.is_initialized()
+
+
+def test_a_command_keeps_its_name_and_what_it_says_of_itself():
+    assert run_command.__name__ == "run_command" and "--num-gpus 0" in run_command.__doc__

@@ -221,3 +221,14 @@ def test_resume_after_kill_9(tiny_options, tmp_path):
     assert f"Starting training from iteration {done}" in (output / "log.txt").read_text()
     trained, evaluated = lines_of(output)[-2:]
     assert trained["iteration"] == done + 1 and "bbox/AP" in evaluated
+
+
+def test_a_checkpoint_without_the_optimizers_state_is_told(caplog):
+    """As a stock trainer of Detectron2 v0.6 leaves it."""
+    trainer = Trainer.__new__(Trainer)
+    trainer._hooks, trainer._trainer = [], None
+    with caplog.at_level(logging.WARNING, logger="wsbcn_d2"):
+        trainer.load_state_dict({"iteration": 5})
+    (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("wsbcn_d2")]
+    assert "no optimizer state" in message and "momentum starts at zero" in message
+    assert trainer.iter == 5

@@ -12,6 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from wsbcn_d2 import EstimatedBatchNorm2d, WSConv2d, get_cfg
+from wsbcn_d2.modeling.stages import make_resnet_stages
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 SMALL_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
@@ -107,6 +108,33 @@ def test_every_depth(depth):
         backbone = build_backbone(resnet_cfg(depth=depth, norm="BCN"))
     assert standardized(backbone) == set(resnet_convs(depth))
     assert plain(backbone) == set()
+
+
+@pytest.mark.parametrize(
+    "depth, wanted",
+    [(depth, {}) for depth in (18, 34, 50, 101, 152)]
+    + [(depth, {"num_groups": 32, "width_per_group": 4}) for depth in (50, 101)],
+)
+def test_stages_from_arguments_are_those_of_a_config(depth, wanted):
+    cfg = resnet_cfg(depth=depth, norm="GN", **{k.upper(): v for k, v in wanted.items()})
+    with torch.device("meta"):
+        backbone = build_backbone(cfg)
+        stages = make_resnet_stages(
+            depth, norm="GN", stride_in_1x1=cfg.MODEL.RESNETS.STRIDE_IN_1X1, **wanted
+        )
+    for stage, expected in zip(stages, backbone.stages, strict=True):
+        assert shapes(nn.Sequential(*stage)) == shapes(expected)
+        assert [type(block) for block in stage] == [type(block) for block in expected]
+
+
+def shapes(module):
+    convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
+    return [(m.weight.shape, m.stride, m.groups, m.padding, m.dilation) for m in convs]
+
+
+def test_stages_of_a_depth_that_there_is_not():
+    with pytest.raises(ValueError, match="no ResNet of depth 20: use one of 18, 34, 50, 101, 152"):
+        make_resnet_stages(20, norm="GN")
 
 
 @pytest.mark.parametrize("depth", [50, 101])

@@ -119,7 +119,7 @@ def test_a_compiler_that_hangs_is_given_up(fresh, monkeypatch):
         raise subprocess.TimeoutExpired(command, options["timeout"])
 
     monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(OSError, match="timed out after 120 seconds"):
+    with pytest.raises(OSError, match=r"timed out after \d+ seconds"):
         build.load("float")
 
 
