@@ -37,7 +37,7 @@ class ReleasedBCN(nn.Module):
             self.var += speed * (batch_var - self.var)
             mean, deviation = self.mean.clone(), (self.var + self.eps).sqrt()
         y = (x - mean) / deviation * self.bn_weight + self.bn_bias
-        y = y.view(1, x.shape[0] * self.groups, -1)
+        y = y.reshape(1, x.shape[0] * self.groups, -1)
         y = torch.batch_norm(y, None, None, None, None, True, 0.0, self.eps, False)
         y = y.view(x.shape[0], self.groups, -1) * self.weight + self.bias
         return y.view(x.shape)
