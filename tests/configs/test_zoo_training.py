@@ -314,7 +314,7 @@ def test_what_a_python_config_says_of_its_data(family):
     cfg = LazyConfig.load(str(lazy_path(FAMILIES[family])))
     cfg.dataloader.evaluator.kpt_oks_sigmas = [0.1] * 5
     inside = "model." if family == "retinanet" else "model.roi_heads."
-    assert checking._wanted(cfg) == Wanted(
+    assert checking._LazySetup(cfg).wanted(training=True) == Wanted(
         classes=80,
         masks=family == "mask",
         mask_format=cfg.dataloader.train.mapper.get("instance_mask_format", "bitmask"),
