@@ -173,3 +173,14 @@ def test_any_name_of_a_variant_can_be_drawn_and_is_in_the_legend(variant):
 def test_equal_records_give_equal_bytes():
     one, two = (make_figures(records_of({"gn": GN})) for _ in range(2))
     assert {k: png_bytes(f) for k, f in one.items()} == {k: png_bytes(f) for k, f in two.items()}
+
+
+@pytest.mark.parametrize("images", [(1,), (1, 2)])
+def test_the_legend_of_a_study_lies_within_the_figure(images):
+    names = ("bn", "gn", "bcn", "gn_ws", "bcn_ws", "bcn_ws_held")
+    figures = make_figures(records_of({name: (1.0, 2.0) for name in names}, images))
+    for name, figure in figures.items():
+        png_bytes(figure)  # lays it out
+        for legend in figure.legends:
+            box = legend.get_window_extent()
+            assert 0 <= box.x0 < box.x1 <= figure.bbox.x1, name

@@ -90,7 +90,7 @@ def _grid(
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     if handles:
-        ncols = min(5, len(handles))
+        ncols = min(3 * len(columns), 5, len(handles))  # what fits into the width
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=ncols)
     return figure
 
