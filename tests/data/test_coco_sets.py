@@ -314,6 +314,8 @@ NAMES = ["left_end", "right_end", "middle"]
         (keypoints(3), [*KEYPOINTS, *SIGMAS], "does not name its keypoints"),
         (keypoints(3, NAMES, False), [*KEYPOINTS, *SIGMAS], "5 objects without keypoints"),
         (change("annotations", keypoints=[1, 2, 7]), [], "keypoints that are not triples"),
+        (change("annotations", keypoints=[1, 2]), [], "keypoints that are not triples"),
+        (change("annotations", keypoints=["1", "2", 2]), [], "keypoints that are not triples"),
         (change("annotations"), ["INPUT.MASK_FORMAT", "rle"], "INPUT.MASK_FORMAT 'rle'"),
         (change("annotations"), ["INPUT.PICTURE_RANGE", "[9, 0]"], "INPUT.PICTURE_RANGE [9, 0]"),
         (change("annotations"), ["INPUT.PICTURE_RANGE", "[9]"], "INPUT.PICTURE_RANGE [9]"),

@@ -44,6 +44,7 @@ def test_every_config_builds_a_standardized_classifier(name, classifier_cfg):
     assert all(isinstance(conv.norm, BatchChannelNorm2d) == bcn for conv in convs)
     assert {p.requires_grad for p in model.parameters()} == {True}
     assert model.backbone.linear.out_features == cfg.MODEL.CLASSIFIER.NUM_CLASSES
+    assert all(key.startswith("backbone.") for key in model.state_dict())  # pixels are the config's
     # The released recipes do so for BCN alone; those on shapes compare norms and nothing else.
     zero = bcn or name.startswith("shapes/")
     assert zero == cfg.MODEL.CLASSIFIER.ZERO_INIT_LAST_NORM
