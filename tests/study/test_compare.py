@@ -96,6 +96,10 @@ def test_options_may_stand_in_a_file(compare, tmp_path, capsys):
 
 def test_hardware_is_one_line():
     assert hardware() and "\n" not in hardware()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    assert not names or hardware(gpu=False) == f"{names[0]}, {os.cpu_count()} cores"
 
 
 @pytest.mark.slow

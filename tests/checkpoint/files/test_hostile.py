@@ -353,6 +353,27 @@ def storage_pickle(key, count, offset, size, stride):
     return stream.getvalue()
 
 
+@pytest.mark.parametrize(
+    "pid, message",
+    [
+        (("module", torch.FloatStorage, "0", "cpu", 4), "something other than a tensor's storage"),
+        (("storage", torch.FloatStorage, "0", "cpu"), "something other than a tensor's storage"),
+        (["storage", torch.FloatStorage, "0", "cpu", 4], "something other than a tensor's storage"),
+        (("storage", "FloatStorage", "0", "cpu", 4), "a storage of unknown type or size"),
+        (("storage", torch.FloatStorage, "0", "cpu", -4), "a storage of unknown type or size"),
+        (("storage", torch.FloatStorage, "0", "cpu", 4.0), "a storage of unknown type or size"),
+    ],
+)
+def test_references_to_what_is_no_storage(pid, message, tmp_path):
+    class Out(pickle._Pickler):
+        def persistent_id(self, obj):
+            return pid if isinstance(obj, str) and obj == "STORAGE" else None
+
+    stream = io.BytesIO()
+    Out(stream, 2).dump({"conv1.weight": "STORAGE"})
+    assert message in read(archive(stream.getvalue(), {"a/data/0": bytes(16)}), tmp_path)
+
+
 numbers = st.sampled_from([0, 1, 2, 4, 10**6, 10**12, 2**31, 2**62, 2**63, 2**70, -1, -(2**63)])
 
 
