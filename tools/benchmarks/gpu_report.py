@@ -26,6 +26,7 @@ import torch
 from gpu_checks import CHECKS
 
 from wsbcn_d2.files import replacing
+from wsbcn_d2.layers.kernels import cuda_nodes
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 590.0  # seconds
@@ -85,8 +86,6 @@ def apart(name: str, deadline: float) -> str:
 
 def all_apart(deadline: float) -> list[Row]:
     """Every check, as many at a time as there are cores."""
-    from wsbcn_d2.layers.kernels import cuda_nodes
-
     cuda_nodes.nodes()  # built once, not by each
     with ThreadPoolExecutor(min(len(CHECKS), os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda name: one(name, lambda: apart(name, deadline)), CHECKS))

@@ -5,7 +5,6 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -65,40 +64,28 @@ struct FusedBCN : torch::autograd::Node {
     const Tensor dy = laid_out(grads[0], layout_of(t[0]));
     std::array<bool, 5> needs;
     for (size_t i = 0; i < 5; i++) needs[i] = task_should_compute_output(i);
-    const bool again = at::GradMode::is_enabled(), bn = needs[3] || needs[4];
-    if (!again) {
-      variable_list found = launch(dy, t, needs[0], bn, nullptr);
-      if (!found.empty()) return trimmed(std::move(found), needs);
-    }
-    WithGIL gil;
-    if (!again) {
-      const Tensor& x = t[0];
-      variable_list found = launch(
-          dy, t, needs[0], bn,
-          Py_BuildValue("sNNNNNO", "bcn_backward_plan", wrap(x), wrap(t[1]), wrap(t[3]), wrap(t[4]),
-                        wrap(dy), bn ? Py_True : Py_False));
-      if (!found.empty()) return trimmed(std::move(found), needs);
-    }
-    Ref arguments(Py_BuildValue(
-        "sONNNNNNNd(OOOOO)", again ? "bcn_graph" : "bcn_slowly", readable, wrap(dy), wrap(t[0]), wrap(t[1]), wrap(t[2]), wrap(t[3]), wrap(t[4]),
-        wrap(t[5]), eps, needs[0] ? Py_True : Py_False, needs[1] ? Py_True : Py_False,
-        needs[2] ? Py_True : Py_False, needs[3] ? Py_True : Py_False,
-        needs[4] ? Py_True : Py_False));
-    return trimmed(unpack_all(PyObject_CallObject(ask, arguments.object)), needs);
-  }
-
-  static variable_list trimmed(variable_list&& grads, const std::array<bool, 5>& needs) {
+    variable_list found = at::GradMode::is_enabled() ? ask_python("bcn_graph", dy, t, needs)
+                                                     : launch(dy, t, needs);
     for (int i = 0; i < 5; i++)
-      if (!needs[i]) grads[i].reset();
-    return std::move(grads);
+      if (!needs[i]) found[i].reset();
+    return found;
   }
 
-  // The five gradients; empty if Python's way must serve, or if there is no plan and no arguments
-  // to make one with.
-  variable_list launch(const Tensor& dy, const std::array<Tensor, 6>& t, bool needs_x, bool bn,
-                       PyObject* arguments) {
+  variable_list ask_python(const char* what, const Tensor& dy, const std::array<Tensor, 6>& t,
+                           const std::array<bool, 5>& needs) const {
+    WithGIL gil;
+    Ref arguments(Py_BuildValue("sONNNNNNNdN", what, readable, wrap(dy), wrap(t[0]), wrap(t[1]),
+                                wrap(t[2]), wrap(t[3]), wrap(t[4]), wrap(t[5]), eps,
+                                truths(needs)));
+    return unpack_all(PyObject_CallObject(ask, arguments.object));
+  }
+
+  // The five gradients, as far as one is needed or costs nothing. Without the GIL.
+  variable_list launch(const Tensor& dy, const std::array<Tensor, 6>& t,
+                       const std::array<bool, 5>& needs) const {
     const auto &[x, weight, bias, bn_weight, bn_bias, stats] = t;
     const Layout layout = layout_of(x);
+    const bool bn = needs[3] || needs[4];
     const Key key = {1,
                      x.size(0),
                      x.size(1),
@@ -112,8 +99,13 @@ struct FusedBCN : torch::autograd::Node {
                      bn_weight.defined() + 2 * bn_bias.defined() + 4 * bn,
                      0};
     Plan* plan = find(key);
-    if (plan == nullptr && arguments != nullptr) plan = make(key, arguments);
-    if (plan == nullptr || !usual(x, layout) || !usual(dy, layout)) return {};
+    if (plan == nullptr) {
+      WithGIL gil;
+      plan = make(key, Py_BuildValue("sNNNNNN", "bcn_backward_plan", wrap(x), wrap(weight),
+                                     wrap(bn_weight), wrap(bn_bias), wrap(dy), PyBool_FromLong(bn)));
+    }
+    if (plan == nullptr || !usual(x, layout) || !usual(dy, layout))
+      return ask_python("bcn_slowly", dy, t, needs);
     at::AutoDispatchBelowADInplaceOrView guard;
     On device(x);
     Tensor d_weight = at::empty_like(weight), d_bias = at::empty_like(weight), d_bn_weight,
@@ -127,7 +119,7 @@ struct FusedBCN : torch::autograd::Node {
     launches[0](device.stream, {&dy, &x, &scratch, &stats});
     launches[1](device.stream, {&scratch, &stats, &weight, &bn_weight, &bn_bias, &d_weight, &d_bias,
                                 &d_bn_weight, &d_bn_bias});
-    if (needs_x) {
+    if (needs[0]) {
       dx = at::empty_like(x);
       launches[2](device.stream, {&dy, &x, &dx, &scratch, &stats});
     }
@@ -145,7 +137,7 @@ PyObject* bcn(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   const double bn_eps = PyFloat_AsDouble(arguments[8]), eps = PyFloat_AsDouble(arguments[10]);
   const bool moves = arguments[9] != Py_None;
   const double rate = moves ? PyFloat_AsDouble(arguments[9]) : 0;
-  if (PyErr_Occurred()) throw python_error();
+  if (PyErr_Occurred()) raise_kept();
   // Python says what is wrong with these.
   if (moves && (!batches.defined() || (mean.is_inference() && !c10::InferenceMode::is_enabled())))
     Py_RETURN_NONE;
@@ -170,10 +162,7 @@ PyObject* bcn(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (plan == nullptr)
     plan = make(key, Py_BuildValue("sNNNNNNdd", "bcn_forward_plan", wrap(x), wrap(weight),
                                    wrap(bn_weight), wrap(bn_bias), wrap(counted),
-                                   Py_NewRef(type == x.scalar_type()
-                                                 ? Py_None
-                                                 : (PyObject*)torch::getTHPDtype(type)),
-                                   bn_eps, eps));
+                                   type_unless(type, x.scalar_type()), bn_eps, eps));
   if (plan == nullptr) Py_RETURN_NONE;
   Tensor y, stats;
   {

@@ -17,6 +17,7 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/Stream.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -88,10 +89,17 @@ PyObject* keep(PyObject* readable) {
   return readable;
 }
 
+// Python's error, kept where the thread that has it is one of autograd's, which gives it back.
+[[noreturn]] void raise_kept() {
+  python_error error;
+  error.persist();
+  throw std::move(error);
+}
+
 struct Ref {  // an owned reference
   PyObject* object;
   explicit Ref(PyObject* object) : object(object) {
-    if (object == nullptr) throw python_error();
+    if (object == nullptr) raise_kept();
   }
   ~Ref() { Py_DECREF(object); }
   Ref(const Ref&) = delete;
@@ -116,18 +124,18 @@ Plan* make(const Key& key, PyObject* arguments) {
   Plan plan;
   PyObject* list;
   if (!PyArg_ParseTuple(made.object, "LLO!", &plan.kept, &plan.scratch, &PyTuple_Type, &list))
-    throw python_error();
+    raise_kept();
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(list); i++) {
     Launch launch;
     unsigned long long function;
     PyObject* sizes;
     if (!PyArg_ParseTuple(PyTuple_GET_ITEM(list, i), "KIIIO!", &function, &launch.programs,
                           &launch.threads, &launch.shared, &PyTuple_Type, &sizes))
-      throw python_error();
+      raise_kept();
     launch.function = reinterpret_cast<void*>(function);
     for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(sizes); k++)
       launch.sizes.push_back(PyLong_AsLong(PyTuple_GET_ITEM(sizes, k)));
-    if (PyErr_Occurred()) throw python_error();
+    if (PyErr_Occurred()) raise_kept();
     plan.launches.push_back(std::move(launch));
   }
   std::lock_guard<std::mutex> lock(plans_mutex);
@@ -200,6 +208,19 @@ int64_t bits(double value) {
 PyObject* wrap(const Tensor& tensor) {
   if (tensor.defined()) return THPVariable_Wrap(tensor);
   Py_RETURN_NONE;
+}
+
+// A type by its name in Python; None for a tensor's own.
+PyObject* type_unless(at::ScalarType type, at::ScalarType own) {
+  return Py_NewRef(type == own ? Py_None : reinterpret_cast<PyObject*>(torch::getTHPDtype(type)));
+}
+
+template <size_t count>
+PyObject* truths(const std::array<bool, count>& values) {
+  PyObject* tuple = PyTuple_New(count);
+  for (size_t i = 0; tuple != nullptr && i < count; i++)
+    PyTuple_SET_ITEM(tuple, i, PyBool_FromLong(values[i]));
+  return tuple;
 }
 
 // Tensors of Python's tuple, None for those that are absent.

@@ -14,7 +14,7 @@ namespace {
 PyObject* start(PyObject*, PyObject* arguments) {
   HANDLE_TH_ERRORS
   unsigned long long address;
-  if (!PyArg_ParseTuple(arguments, "KO", &address, &ask)) throw python_error();
+  if (!PyArg_ParseTuple(arguments, "KO", &address, &ask)) raise_kept();
   Py_INCREF(ask);
   driver = reinterpret_cast<Driver>(address);
   Py_RETURN_NONE;

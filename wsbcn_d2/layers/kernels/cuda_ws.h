@@ -6,7 +6,6 @@
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -48,9 +47,7 @@ struct How {
     Plan* plan = find(key);
     if (plan == nullptr)
       plan = make(key, Py_BuildValue("sNsdN", "ws_forward_plan", wrap(weight), formula.c_str(), eps,
-                                     Py_NewRef(type == weight.scalar_type()
-                                                   ? Py_None
-                                                   : (PyObject*)torch::getTHPDtype(type))));
+                                     type_unless(type, weight.scalar_type())));
     if (plan == nullptr) return Tensor();
     at::AutoDispatchBelowADInplaceOrView guard;
     On device(weight);
@@ -174,10 +171,9 @@ struct FusedWSConv : torch::autograd::Node {
                       const std::array<bool, 3>& needs) const {
     WithGIL gil;
     Ref arguments(Py_BuildValue(
-        "sONNNsd(LL)(LL)(LL)L(OOO)", "ws_conv_graph", how.readable, wrap(dy), wrap(input), wrap(w),
+        "sONNNsd(LL)(LL)(LL)LN", "ws_conv_graph", how.readable, wrap(dy), wrap(input), wrap(w),
         how.formula.c_str(), how.eps, stride[0], stride[1], padding[0], padding[1], dilation[0],
-        dilation[1], groups, needs[0] ? Py_True : Py_False, needs[1] ? Py_True : Py_False,
-        needs[2] ? Py_True : Py_False));
+        dilation[1], groups, truths(needs)));
     return unpack_all(PyObject_CallObject(ask, arguments.object));
   }
 };
@@ -202,7 +198,7 @@ PyObject* ws_conv(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
       !pair(arguments[4], padding) || !pair(arguments[5], dilation))
     Py_RETURN_NONE;
   const bool recorded = at::GradMode::is_enabled();
-  // Where the weight is constant the input alone is what a plain convolution keeps nothing of.
+  // A plain convolution keeps nothing of its input where the weight is constant.
   if (recorded && !weight.requires_grad()) Py_RETURN_NONE;
   const auto kind = x.device().type();
   auto type = weight.scalar_type();
@@ -217,7 +213,7 @@ PyObject* ws_conv(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (x.scalar_type() != type || (bias.defined() && bias.scalar_type() != type)) Py_RETURN_NONE;
   const How how{PyUnicode_AsUTF8(arguments[7]), PyFloat_AsDouble(arguments[8]), keep(arguments[9])};
   const int64_t groups = PyLong_AsLongLong(arguments[6]);
-  if (PyErr_Occurred()) throw python_error();
+  if (PyErr_Occurred()) raise_kept();
   Tensor standardized = how.forward(weight, type);
   if (!standardized.defined()) Py_RETURN_NONE;
   Tensor y;

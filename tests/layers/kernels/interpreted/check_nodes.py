@@ -3,6 +3,7 @@ launches a kernel stands one that runs it in the interpreter, on the addresses t
 
 import ctypes
 import itertools
+import sys
 
 import pytest
 import torch
@@ -382,3 +383,31 @@ def test_a_first_run_by_python_may_be_recomputed_by_a_node(driver):
             y = checkpoint(conv, x, use_reentrant=False)
         (found,) = torch.autograd.grad(y, conv.weight, torch.randn_like(y))
         assert torch.equal(found, wanted)
+
+
+def test_a_gradient_left_to_python_leaves_nothing_behind(driver):
+    norm, x = compiled_norm(driver, torch.float32)
+    norm.eval()
+    dy = torch._neg_view(torch.randn(2, 8, 3, 4))
+    results(norm, x, dy.resolve_neg())
+    held = []
+    for _ in range(6):
+        y = norm(x)
+        assert y.grad_fn.name() == "FusedBCN"
+        driver.launched.clear()
+        y.backward(dy)
+        assert driver.launched == []
+        held.append((sys.getrefcount(x), sys.getrefcount(norm.weight)))
+    assert held[1:] == held[:1] * 5
+
+
+def test_what_goes_wrong_in_python_is_said(driver, monkeypatch):
+    norm, x = compiled_norm(driver)
+    y = norm(x)
+
+    def fail(*args):
+        raise ValueError("no kernel for that")
+
+    monkeypatch.setitem(cuda_nodes._answers, "bcn_graph", fail)
+    with pytest.raises(ValueError, match="no kernel for that"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
