@@ -202,6 +202,19 @@ def check_norm(case):
         close(f, e, error * path * 4 * max(1, inner * outer), f"gradient {i}")
 
 
+def deeply(cases, check, part):
+    """Many cases, of which each part draws others."""
+
+    @seed(part)
+    @DEEP
+    @given(cases)
+    def run(case):
+        with backend(case["fused"]):
+            check(case)
+
+    run()
+
+
 @QUICK
 @given(norm_cases)
 def test_norms(case):
@@ -213,14 +226,7 @@ def test_norms(case):
 @pytest.mark.rotated(4)
 @pytest.mark.parametrize("part", range(4))
 def test_norms_deep(part):
-    @seed(part)
-    @DEEP
-    @given(norm_cases)
-    def run(case):
-        with backend(case["fused"]):
-            check_norm(case)
-
-    run()
+    deeply(norm_cases, check_norm, part)
 
 
 conv_cases = st.fixed_dictionaries(
@@ -349,14 +355,7 @@ def test_convolutions(case):
 @pytest.mark.rotated(4)
 @pytest.mark.parametrize("part", range(4))
 def test_convolutions_deep(part):
-    @seed(part)
-    @DEEP
-    @given(conv_cases)
-    def run(case):
-        with backend(case["fused"]):
-            check_conv(case)
-
-    run()
+    deeply(conv_cases, check_conv, part)
 
 
 # Arguments and inputs that make no sense.
