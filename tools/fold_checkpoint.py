@@ -22,7 +22,7 @@ from detectron2.modeling import build_model
 from wsbcn_d2 import fold
 from wsbcn_d2.checkpoint import WSBCNCheckpointer
 from wsbcn_d2.checkpoint.saving import save
-from wsbcn_d2.config import load_config, refusing
+from wsbcn_d2.config import WRONG_MODEL, load_config, refusing
 from wsbcn_d2.engine.processes import one_line_errors
 from wsbcn_d2.engine.trainer import expectation
 from wsbcn_d2.folding import lazy_state_dict, stock_state_dict
@@ -49,8 +49,7 @@ def main(argv=None) -> None:
     if os.path.abspath(args.output) == os.path.abspath(args.weights):
         parser.error("--output would overwrite --weights")
     cfg = load_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
-    wrong = (KeyError, ValueError, AssertionError, AttributeError, TypeError)
-    with refusing("the model cannot be built: ", *wrong):
+    with refusing("the model cannot be built: ", *WRONG_MODEL):
         model = build_model(cfg)
     WSBCNCheckpointer(model, expected=expectation(cfg, model)).load(args.weights)
     with refusing(f"{args.weights}: ", ValueError):

@@ -13,6 +13,7 @@ from .layers import DEFAULT_UPDATE_RATE
 from .safe_yaml import SafeCfgNode
 
 __all__ = [
+    "WRONG_MODEL",
     "UsageError",
     "add_wsbcn_config",
     "check_file",
@@ -130,6 +131,10 @@ def one_line(error: BaseException) -> str:
     """The message of an error without line breaks, or its type where it has none."""
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     return " ".join(str(text).split()) or type(error).__name__
+
+
+#: What building a model from a config raises where the config is at fault.
+WRONG_MODEL = (KeyError, ValueError, AssertionError, AttributeError, TypeError, IndexError)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 
-from ...config import UsageError, one_line, refusing
+from ...config import WRONG_MODEL, UsageError, one_line, refusing
 from ...data import classification_mapper
 from ...data.checks import Wanted
 from ..from_config import expectation, resumed_schedule
@@ -24,7 +24,6 @@ _CLASSES_OF = {  # META_ARCHITECTURE -> where the number of its classes stands
     "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
     "WSRetinaNet": "MODEL.RETINANET.NUM_CLASSES",
 }
-_WRONG_MODEL = (KeyError, ValueError, AssertionError, AttributeError, TypeError, IndexError)
 
 
 def check_config(
@@ -60,7 +59,7 @@ class _YamlSetup(Setup):
         cfg.MODEL.DEVICE = str(torch.empty(0).device)
         try:
             return build_model(cfg)
-        except _WRONG_MODEL as error:
+        except WRONG_MODEL as error:
             message = one_line(error)
             hints = ", ".join(f"{key}={value!r}" for key, value in _culprits(cfg, message))
             raise UsageError(
@@ -132,6 +131,6 @@ def _message_with(cfg: CfgNode, key: str) -> str:
     cfg.merge_from_list([key, "BN"])
     try:
         build_model(cfg)
-    except _WRONG_MODEL as error:
+    except WRONG_MODEL as error:
         return one_line(error)
     return ""

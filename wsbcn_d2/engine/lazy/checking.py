@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ...checkpoint import LoadExpectation
-from ...config import UsageError, refusing
+from ...config import WRONG_MODEL, UsageError, refusing
 from ...data.checks import Wanted
 from ..checks import Setup, check_setup
 from .reading import KEYS, resumed_schedule_of
@@ -93,6 +93,5 @@ def _check_milestones(cfg: DictConfig) -> None:
 
 
 def _built(cfg: DictConfig, part: str) -> object:
-    wrong = (KeyError, ValueError, AssertionError, AttributeError, TypeError)
-    with refusing(f"{part} cannot be built: ", *wrong, OmegaConfBaseException):
+    with refusing(f"{part} cannot be built: ", *WRONG_MODEL, OmegaConfBaseException):
         return instantiate(cfg[part])
