@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from wsbcn_d2 import data
+from wsbcn_d2 import data, get_cfg
 from wsbcn_d2.data import ClassificationDataError, ClassificationMapper
 from wsbcn_d2.data.classification import (
     classification_mapper,
@@ -314,6 +314,38 @@ def test_flip_can_be_turned_off(classifier_cfg):
     record = {"pixels": pixels, "image_id": 0, "label": 0}
     for _ in range(8):
         assert np.array_equal(mapper(record)["image"].numpy(), pixels.transpose(2, 0, 1))
+
+
+def test_the_middle_of_the_shorter_side_is_tested_on(classifier_cfg):
+    """RESIZE_TEST x SIZE as they are said: of a picture that is as high, without a resize."""
+    cfg = classifier_cfg("INPUT.CLASSIFICATION.SIZE", 16, "INPUT.CLASSIFICATION.RESIZE_TEST", 20)
+    mapper = ClassificationMapper(cfg, is_train=False)
+    for shape in ((20, 41), (41, 20)):
+        pixels = np.random.default_rng(0).integers(256, size=(*shape, 3), dtype=np.uint8)
+        top, left = ((side - 16) // 2 for side in shape)
+        expected = pixels[top : top + 16, left : left + 16].transpose(2, 0, 1)
+        for _ in range(4):  # never mirrored
+            out = mapper({"pixels": pixels, "image_id": 0, "label": 0})["image"]
+            assert np.array_equal(out.numpy(), expected)
+
+
+def test_training_pictures_are_mirrored_half_of_the_time(classifier_cfg):
+    cfg = classifier_cfg("INPUT.CLASSIFICATION.TRAIN_CROP", "pad", "INPUT.CLASSIFICATION.SIZE", 32)
+    cfg.INPUT.CLASSIFICATION.PADDING = 0
+    pixels = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)
+    mapper, plain = ClassificationMapper(cfg, True), pixels.transpose(2, 0, 1)
+    record = {"pixels": pixels, "image_id": 0, "label": 0}
+    images = [mapper(record)["image"].numpy() for _ in range(100)]
+    assert all(np.array_equal(x, plain) or np.array_equal(x, plain[:, :, ::-1]) for x in images)
+    assert 30 < sum(np.array_equal(x, plain) for x in images) < 70
+
+
+def test_defaults_are_the_configs():
+    options = get_cfg().INPUT.CLASSIFICATION
+    crop = RandomResizedCrop(24)
+    assert crop.scale == options.CROP_SCALE == (0.08, 1.0) and crop.ratio == (3 / 4, 4 / 3)
+    assert PadAndCrop(32).padding == options.PADDING == 4
+    assert (options.SIZE, options.RESIZE_TEST, options.TRAIN_CROP) == (224, 256, "random_resized")
 
 
 def test_mapper_refusals(classifier_cfg):

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ from pycocotools import mask as mask_util
 from wsbcn_d2.cli.predict import main as predict
 from wsbcn_d2.data import DataError, RangeMapper, read_picture, register_coco_sets
 from wsbcn_d2.data.checks import look, look_at, memory
-from wsbcn_d2.data.checks.masks import _unpack
+from wsbcn_d2.data.checks.annotations import check_content
+from wsbcn_d2.data.checks.findings import Findings
+from wsbcn_d2.data.checks.masks import _sum_of_runs, _unpack
 from wsbcn_d2.engine import load_config
 from wsbcn_d2.engine.from_config import schedule_by_epochs
 
@@ -592,6 +596,107 @@ def test_packed_run_lengths_are_read_as_pycocotools_reads_them():
         assert _unpack(packed).tolist() == wanted.tolist()
 
 
+def test_a_run_length_has_eleven_letters_at_most():
+    """That is 55 bits; more of them would be shifted out of 64."""
+    assert _sum_of_runs("P" * 10 + "0") == 0  # "P" says that more bits come, and has none itself
+    assert _sum_of_runs("P" * 11 + "0") == -1
+
+
+def test_what_is_remembered_is_of_the_very_same_files(tmp_path, monkeypatch):
+    entry = write(tmp_path / "data", a_set())
+    pictures = Path(entry["IMAGES"])
+
+    def key(decode=False, json_file=entry["JSON"], images=pictures):
+        return memory.key_of(str(json_file), str(images), decode)
+
+    keys = [key(), key(decode=True)]
+    assert key() == keys[0]
+    for path in (Path(entry["JSON"]), pictures / "1.png"):
+        content, state = path.read_bytes(), path.stat()
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))  # as large, written anew
+        keys.append(key())
+        path.write_bytes(content + b" ")
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+        keys.append(key())
+        path.write_bytes(content)
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+        assert key() == keys[0]
+    (pictures / "1.png").rename(pictures / "3.png")
+    keys.append(key())
+    (pictures / "3.png").rename(pictures / "1.png")
+    shutil.copytree(tmp_path / "data", tmp_path / "other")  # with its files' times
+    keys.append(key(images=tmp_path / "other" / "set"))
+    keys.append(key(json_file=tmp_path / "other" / "set.json"))
+    assert key() == keys[0]
+    monkeypatch.setattr(memory, "_VERSION", memory._VERSION + 1)
+    keys.append(key())
+    assert len(set(keys)) == len(keys)
+    assert key(json_file=tmp_path / "absent.json") is None
+
+
+def test_what_is_kept_are_the_notes_and_facts_of_good_sets(tmp_path):
+    memory.keep(Findings(notes=["odd"], facts={"images": 3}, key="good"))
+    kept = memory.recall("good")
+    assert (kept.notes, kept.facts, kept.faults, kept.key) == (["odd"], {"images": 3}, {}, None)
+    bad = Findings(key="bad")
+    bad.fault("what", "where", "mend")
+    memory.keep(bad)
+    assert memory.recall("bad") is None and memory.recall(None) is None
+    assert [path.name for path in (tmp_path / "cache").rglob("*.json")] == ["good.json"]
+
+
+def looked_at(content):
+    found = Findings()
+    check_content(content, found)
+    return found
+
+
+def test_sizes_are_those_of_coco():
+    """Small below 32 x 32, large from 96 x 96 on; by the box where there is no area."""
+    content = a_set()
+    for annotation, area in zip(content["annotations"], (1023, 1024, 9215, 9216, 0), strict=False):
+        annotation["area"] = area
+    del content["annotations"][5]["area"]
+    content["annotations"][5]["bbox"] = [0, 0, 32, 32]
+    facts = looked_at(content).facts
+    assert (facts["small"], facts["medium"], facts["large"]) == (2, 3, 1)
+
+
+@pytest.mark.parametrize("place, side", [(0, "width"), (1, "height")])
+def test_a_box_may_reach_over_the_edge_by_a_pixel(place, side):
+    for over, notes in ((1, []), (2, ["1 boxes reach over the picture's edge and are cut there"])):
+        content = a_set()
+        box = content["annotations"][0]["bbox"]
+        box[place], box[place + 2] = 40, content["images"][0][side] - 40 + over
+        assert looked_at(content).notes == notes
+
+
+@pytest.mark.parametrize("beyond, faults", [(2, 0), (3, 1)])
+def test_corners_are_told_by_more_than_a_fifth_of_the_boxes(beyond, faults):
+    """Ten boxes that all could be corners; those that reach beyond could be nothing else."""
+    content = a_set()
+    one = content["annotations"][0]
+    boxes = [[40, 10, 60, 20] if i < beyond else [5, 5, 20, 20] for i in range(10)]
+    content["annotations"] = [{**one, "id": i, "bbox": box} for i, box in enumerate(boxes, 1)]
+    found = looked_at(content)
+    assert [fault.what for fault in found.serious()] == ["boxes that look like corners"] * faults
+    assert len(found.notes) == 1 + 1 - faults  # of the class without objects, and the edge
+
+
+@pytest.mark.parametrize("names", [NAMES, ["nose", "left_eye", "right_eye"]])
+def test_keypoints_that_a_mirror_swaps(names, tmp_path):
+    content = a_set()
+    keypoints(3, names)(content, None)
+    register_coco_sets([write(tmp_path, content)])
+    DatasetCatalog.get("test_set")
+    metadata, (left, right) = (
+        MetadataCatalog.get("test_set"),
+        sorted(set(names) - {"middle", "nose"}),
+    )
+    assert metadata.keypoint_names == tuple(names)
+    assert metadata.keypoint_flip_map == ((left, right),)
+
+
 # Pictures of more than 8 bits.
 
 
@@ -659,6 +764,50 @@ def test_epochs_become_iterations(epochs, images, wanted, tmp_path):
         solver.WARMUP_ITERS,
     )
     assert cfg.SOLVER.MAX_ITER == 1000 and cfg.is_frozen() and out.is_frozen()
+
+
+@pytest.mark.parametrize("empty, images", [(True, 2), (False, 3)])
+def test_epochs_are_of_the_pictures_that_are_trained_on(empty, images, tmp_path):
+    content = a_set()
+    without_objects(content, None)
+    options = [
+        *("DATASETS.COCO_SETS", str([write(tmp_path, content)]), "DATASETS.TRAIN", "('test_set',)"),
+        *("DATALOADER.FILTER_EMPTY_ANNOTATIONS", str(empty), "SOLVER.EPOCHS", "7"),
+    ]
+    assert 7 * images == schedule_by_epochs(load_config(CONFIG, options)).SOLVER.MAX_ITER
+
+
+@pytest.mark.parametrize("least, images", [(1, 1), (4, 0)])
+def test_epochs_are_of_the_pictures_with_enough_keypoints(least, images, tmp_path):
+    content = a_set()
+    keypoints(3, NAMES)(content, None)
+    for annotation in content["annotations"][1:]:
+        annotation["num_keypoints"], annotation["keypoints"] = 0, [0] * 9
+    options = [
+        *("DATASETS.COCO_SETS", str([write(tmp_path, content)]), "DATASETS.TRAIN", "('test_set',)"),
+        *(*KEYPOINTS[:2], "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE", str(least)),
+        *("SOLVER.EPOCHS", "7"),
+    ]
+    if not images:
+        with pytest.raises(AssertionError, match="No valid data"):
+            schedule_by_epochs(load_config(CONFIG, options))
+        return
+    assert 7 * images == schedule_by_epochs(load_config(CONFIG, options)).SOLVER.MAX_ITER
+
+
+def test_a_path_that_is_here_is_not_looked_for_elsewhere(tmp_path, monkeypatch):
+    write(tmp_path / "here", a_set())
+    there = write(tmp_path / "there", a_set(), "only")
+    write(tmp_path / "there", a_set())
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "there"))
+    register_coco_sets([{"NAME": "test_set", "JSON": "set.json", "IMAGES": "set"}])
+    register_coco_sets([{"NAME": "test_only", "JSON": "only.json", "IMAGES": "only"}])
+    places = [MetadataCatalog.get(name) for name in ("test_set", "test_only")]
+    assert [(m.json_file, m.image_root) for m in places] == [
+        ("set.json", "set"),
+        (there["JSON"], there["IMAGES"]),
+    ]
 
 
 def test_registering_again_and_elsewhere(tmp_path, monkeypatch):

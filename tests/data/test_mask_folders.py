@@ -1,11 +1,13 @@
 """Sets of one mask file per object become COCO-format sets, whole or not at all."""
 
+import hashlib
 import importlib.util
 import io
 import json
 import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from wsbcn_d2.data import DataError, default_root, register_nuclei
-from wsbcn_d2.data.mask_folders import prepare_mask_folders
+from wsbcn_d2.data.mask_folders import _Files, _validation, prepare_mask_folders
 from wsbcn_d2.engine import UsageError, check_config, load_config
 from wsbcn_d2.files import locked
 
@@ -131,6 +133,9 @@ def test_the_split_depends_on_names_alone(tmp_path):
     prepare_mask_folders(in_folder(files, tmp_path / "in"), tmp_path / "one", val_share=0.3)
     val = names_of(tmp_path / "one", "val")
     assert len(val) == 3 and names_of(tmp_path / "one", "train") == truth.keys() - val
+    # The first by the digests of the names, which have no order in common with the names.
+    order = sorted(truth, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    assert val == set(order[:3]) != set(sorted(truth)[:3])
     files = {name.replace("stage1_train", "x"): files[name] for name in reversed(files)}
     prepare_mask_folders(in_zip(files, tmp_path / "in.zip"), tmp_path / "two", val_share=0.3)
     assert names_of(tmp_path / "two", "val") == val
@@ -267,6 +272,24 @@ def test_a_zip_with_one_file_twice(tmp_path):
 def test_a_split_that_cannot_be(tmp_path, options, message):
     with pytest.raises(DataError, match=message):
         prepare_mask_folders(in_folder(published()[0], tmp_path / "in"), tmp_path / "o", **options)
+
+
+def test_a_share_is_rounded_to_the_nearest():
+    names = [str(i) for i in range(5)]
+    assert [len(_validation(names, share, None)) for share in (0.28, 0.32, 0.72)] == [1, 2, 4]
+
+
+def test_a_member_of_a_zip_may_have_256_megabytes(tmp_path, monkeypatch):
+    path = in_zip(published(2)[0], tmp_path / "in.zip")
+    size = SimpleNamespace(file_size=2**28)
+    monkeypatch.setattr(zipfile.ZipFile, "getinfo", lambda *_: size)
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: png(scene(0)[0]))
+    with zipfile.ZipFile(path) as archive:
+        files = _Files(path, archive)
+        assert files.read("any")
+        size.file_size += 1
+        with pytest.raises(DataError, match="any is larger than 256 MB"):
+            files.read("any")
 
 
 def load_tool():

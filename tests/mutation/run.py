@@ -155,7 +155,7 @@ class Tests:
                 " join file on file.id = file_id join context on context.id = context_id"
             )
             for path, context, bits in rows:
-                if name := context.partition("|")[0]:
+                if name := context.rpartition("|")[0]:  # an id may have bars of its own
                     self.seconds.setdefault(name, 1.0)
                     for line in numbits_to_nums(bits):
                         self.by_line[path.rpartition("/wsbcn_d2/")[2], line].add(name)
@@ -186,6 +186,8 @@ class Tests:
 
 def enclosing(path, line):
     """Names of the functions and classes around a line, and of what is assigned there."""
+    if not path.endswith(".py"):
+        return
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if getattr(node, "lineno", line + 1) <= line <= (getattr(node, "end_lineno", 0) or 0):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -232,17 +234,28 @@ def attempt(copy, names, timeout):
             os.killpg(pid, signal.SIGKILL)
 
 
-def by_hand(copy, text, timeout):
-    """Tries the faults of by_hand.toml that have a text in what they are."""
-    faults = tomllib.loads((HERE / "by_hand.toml").read_text())["fault"]
-    for fault in (fault for fault in faults if text in fault["what"]):
-        code = (ROOT / fault["file"]).read_text()
-        if code.count(fault["before"]) == 0:
-            print(f"gone: {fault['what']}: {fault['file']} has no such text", flush=True)
+def by_hand(copy, file, text, timeout, tests, budget):
+    """Tries the faults of a file like by_hand.toml that have a text in what they are."""
+    for fault in tomllib.loads(file.read_text())["fault"]:
+        path, code = fault["file"], (ROOT / fault["file"]).read_text()
+        if text not in fault["what"]:
             continue
-        result = tried(copy, fault["file"], code.replace(fault["before"], fault["after"], 1),
-                       fault["tests"], timeout)  # fmt: skip
+        if fault["before"] not in code:
+            print(f"gone: {fault['what']}: {path} has no such text", flush=True)
+            continue
+        changed = code.replace(fault["before"], fault["after"], 1)
+        names = fault.get("tests")
+        if names is None:
+            pairs = enumerate(zip(code.splitlines(), changed.splitlines(), strict=False), 1)
+            line = next(number for number, (old, new) in pairs if old != new)
+            names = tests.of(fault.get("package") or package_of(path), path, line, budget)
+        result = tried(copy, path, changed, names, timeout)
         print(f"{result}: {fault['what']}", flush=True)
+
+
+def package_of(path):
+    """The first package of config.toml that a file belongs to."""
+    return next(package for package in CONFIG["packages"] if path in sources(package))
 
 
 def tried(copy, path, text, names, timeout):
@@ -286,6 +299,10 @@ def main():
         "--by-hand", nargs="?", const="", metavar="TEXT",
         help="the faults of by_hand.toml alone, or those of them with a text in what they are",
     )  # fmt: skip
+    parser.add_argument(
+        "--faults", type=Path, default=HERE / "by_hand.toml",
+        help="another file of that form; without tests a fault is tried as those that are drawn",
+    )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="show the draw, try nothing")
     parser.add_argument("--output", type=Path, help="a file for one JSON line per fault")
     args = parser.parse_args()
@@ -298,7 +315,7 @@ def main():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
     if args.by_hand is not None:
-        by_hand(folder, args.by_hand, args.limit)
+        by_hand(folder, args.faults, args.by_hand, args.limit, tests, args.budget)
         args.packages = []
     for package in args.packages:
         counts = collections.Counter()
