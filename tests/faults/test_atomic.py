@@ -243,6 +243,20 @@ def test_what_would_not_be_read_again_is_refused_at_saving(saved, kind):
     assert resume(folder, cls) == 2
 
 
+def test_objects_are_an_error_while_resuming_alone(tmp_path):
+    """Afterwards, and after a resume that failed, weights are loaded as ever."""
+    checkpointer = make(tmp_path, value=1.0)
+    checkpointer.save("model_1")
+    torch.save({"model": checkpointer.model.state_dict(), "x": Custom()}, tmp_path / "foreign.pth")
+    checkpointer.resume_or_load("", resume=True)
+    checkpointer.load(str(tmp_path / "foreign.pth"))
+    (tmp_path / "last_checkpoint").write_text("foreign.pth")
+    with pytest.raises(CheckpointError, match="cannot resume: .*Custom"):
+        checkpointer.resume_or_load("", resume=True)
+    checkpointer.load(str(tmp_path / "foreign.pth"))
+    checkpointer.resume_or_load(str(tmp_path / "foreign.pth"), resume=False)
+
+
 @pytest.mark.parametrize("kind", ["object", "function"])
 def test_a_whole_file_that_is_not_admitted_is_not_called_damaged(tmp_path, kind):
     """As another program, or torch.save, wrote it."""

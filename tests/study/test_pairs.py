@@ -28,6 +28,13 @@ def test_a_difference_by_hand():
     assert found.excludes_zero and str(found) == "-1.8 ± 0.2"
 
 
+def test_an_interval_that_ends_at_zero_does_not_exclude_it():
+    assert not Difference((1, 2), 1.5, 1.5).excludes_zero
+    assert not Difference((1, 2), -1.5, 1.5).excludes_zero
+    assert not paired_difference({1: 4.0, 2: 5.0}, {1: 4.0, 2: 5.0}).excludes_zero
+    assert Difference((1, 2), -1.5, 1.25).excludes_zero
+
+
 def test_one_common_seed_shows_nothing_and_none_is_no_difference():
     found = paired_difference({1: 9.0}, {1: 1.0, 2: 2.0})
     assert found == Difference((1,), 8.0, None)

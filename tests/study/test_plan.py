@@ -78,6 +78,16 @@ def test_every_run_sees_the_same_images_at_a_rate_per_image():
     assert (a.TEST.EVAL_PERIOD, b.TEST.EVAL_PERIOD) == (250, 125)
 
 
+@pytest.mark.parametrize("length, count, period", [(10, 4, 3), (10, 5, 2), (7, 2, 4), (3, 9, 1)])
+def test_there_are_at_most_so_many_evaluations(length, count, period):
+    """Rounded up: one more would come shortly before the last."""
+    configs = {"gn": CONFIGS["gn"]}
+    opts = ["SOLVER.STEPS", "()"]
+    (run,) = make_plan(configs, max_iter=length, evaluations=count, opts=opts)
+    cfg = load_config(run.config_file, run.overrides)
+    assert (period, period) == (cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD)
+
+
 def test_a_very_short_schedule_has_no_step_at_its_end():
     opts = ["SOLVER.MAX_ITER", "100", "SOLVER.STEPS", "(75, 92)"]
     (run,) = make_plan({"gn": CONFIGS["gn"]}, max_iter=4, opts=opts)  # 0.92 x 4 rounds to 4

@@ -73,6 +73,17 @@ def test_what_it_says(study):
     assert "<td>MODEL.FPN.NORM</td><td>GN</td><td>BCN_WS</td>" in page
     assert "python tools/compare.py --seeds 1 2 3" in page
     assert "a processor, 2 cores, 1 thread(s) per run" in page
+    for line in (  # 12 runs of 30 s each
+        *("<td>runs</td><td>12</td>", "<td>seeds</td><td>1; 2; 3</td>"),
+        "<td>run time</td><td>0.10 hours, summed over runs that may share the machine</td>",
+        *(
+            "<td>memory</td><td>RSS</td>",
+            "<td>python</td><td>3.11</td>",
+            "<td>git</td><td>abc</td>",
+        ),
+        *("<td>torch</td><td>2.12</td>", "<td>dates</td><td>2026-01-01</td>"),
+    ):
+        assert line in page, line
     for heading in ("AP over iterations", "AP over time", "Training loss", "Channels"):
         assert f"<h2>{heading}" in page
 

@@ -136,6 +136,88 @@ def test_a_classifiers_accuracy_is_its_result(tmp_path):
     assert cells[0][head.index("top-1 accuracy")] == "81.5"
 
 
+def in_folder(folder, rows, sessions):
+    """What a run leaves: lines of metrics.json and sessions.jsonl."""
+    for name, lines in (("metrics.json", rows), ("sessions.jsonl", sessions)):
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_every_number_of_a_run_of_three_sessions(tmp_path):
+    """Times and memory are of all of them, the machine is the last one's."""
+    nan = float("nan")
+    rows = [
+        {"iteration": 9, "time": 0.5, "total_loss": 3.0, "channels/fpn/shift_mean": nan},
+        {"iteration": 19, "time": 0.5, "total_loss": nan, "bbox/AP": 12.5},
+        {"iteration": 39, "time": 2.0, "total_loss": 1.0, "bbox/AP": 25.0},
+    ]
+    memory = ((3.04, 200, "RSS", "old"), (5.04, 300, "RSS", "old"), (1.0, 100, "CUDA", "new"))
+    names = ("wall_seconds", "memory_mb", "memory_kind", "hardware")
+    in_folder(tmp_path, rows, [dict(zip(names, values, strict=True)) for values in memory])
+    record = make_record(make_run("a"), tmp_path, "python x", 3)
+    # 20 steps of 0.5 s, 20 of 2 s.
+    assert record["ap"] == {"bbox": [[20, 10.0, 12.5], [40, 50.0, 25.0]]}
+    assert (record["train_seconds"], record["step_seconds"]) == (50.0, 0.5)
+    assert (record["wall_seconds"], record["memory_mb"]) == (9.1, 300)
+    assert (record["memory_kind"], record["hardware"]) == ("CUDA", "new")
+    assert record["loss"] == [[9, 3.0], [39, 1.0]]  # what is not finite is left out
+    assert record["channels"] == {"channels/fpn/shift_mean": []}
+    assert (record["command"], record["threads"], record["seed"]) == ("python x", 3, 1)
+    json.dumps(record, allow_nan=False)
+
+
+def test_a_run_that_noted_nothing_has_a_result_all_the_same(tmp_path):
+    in_folder(tmp_path, [{"iteration": 39, "bbox/AP": 25.0}], [])
+    record = make_record(make_run("a"), tmp_path, "", 1)
+    assert record["ap"] == {"bbox": [[40, 0.0, 25.0]]}
+    for key in ("step_seconds", "memory_mb", "memory_kind"):
+        assert record[key] is None
+    assert record["wall_seconds"] == 0
+
+
+def test_long_curves_are_averaged_to_fifty_points(tmp_path):
+    rows = [{"iteration": i, "total_loss": float(i % 2)} for i in range(100)]
+    in_folder(tmp_path, [*rows, {"iteration": 99, "total_loss": 1.0, "bbox/AP": 1.0}], [])
+    run = Run("a", "a.yaml", (), {"SEED": 1, "SOLVER.MAX_ITER": 100})
+    loss = make_record(run, tmp_path, "", 1)["loss"]
+    assert loss == [[round(i + 0.5), 0.5] for i in range(0, 100, 2)]
+
+
+def test_the_code_of_a_record_says_whether_it_was_changed(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        subprocess, "check_output", lambda command, **_: asked.append(command) or "abc-dirty\n"
+    )
+    in_folder(tmp_path, [{"iteration": 39, "bbox/AP": 25.0}], [])
+    assert make_record(make_run("a"), tmp_path, "", 1)["git"] == "abc-dirty"
+    assert asked[0][:2] == ["git", "-C"] and "--dirty" in asked[0]
+    assert (Path(asked[0][2]) / "wsbcn_d2").is_dir()
+
+
+@pytest.mark.parametrize("given, threads", [(None, "2"), ("5", "5")])
+def test_runs_share_the_cores_and_hold_their_lock_themselves(tmp_path, monkeypatch, given, threads):
+    """A run may outlive a killed study for a moment, in which nobody else may begin it."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    code = textwrap.dedent("""
+        import os, pathlib
+        print("threads", os.environ["OMP_NUM_THREADS"])
+        print("path", os.environ["PYTHONPATH"].split(os.pathsep)[0])
+        print("session", os.getsid(0) == os.getpid())
+        files = (os.path.realpath(f) for f in pathlib.Path("/proc/self/fd").iterdir())
+        print("lock", any(f.endswith("/.lock") for f in files))
+    """)
+    run = make_run("a")
+    failures = run_all(
+        [run], tmp_path, lambda *_: [sys.executable, "-c", code], jobs=3, poll_seconds=0.05
+    )
+    said = (tmp_path / "runs" / run.name / "output.txt").read_text().splitlines()
+    root = Path(__file__).resolve().parents[2]
+    assert said == [f"threads {threads}", f"path {root}", "session True", "lock True"]
+    assert len(failures) == 1
+
+
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path, command_of):
     run = make_run("a")
     folder = tmp_path / "runs" / run.name

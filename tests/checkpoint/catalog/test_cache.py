@@ -35,8 +35,9 @@ def test_the_folder_is_private(one, cache):
     root = cache.parents[1]
     path = fetch(NAME)
     assert stat.S_IMODE(root.stat().st_mode) == 0o700
-    root.chmod(0o777)  # an older version's, or somebody's mistake
-    assert fetch(NAME) == path and stat.S_IMODE(root.stat().st_mode) == 0o700
+    for mode in (0o777, 0o770, 0o740, 0o720, 0o710, 0o704, 0o702, 0o701):
+        root.chmod(mode)  # an older version's, or somebody's mistake
+        assert fetch(NAME) == path and stat.S_IMODE(root.stat().st_mode) == 0o700
 
 
 @pytest.mark.parametrize("kind", ["link", "file", "another user's", "unwritable"])
@@ -160,6 +161,52 @@ def test_transfers_that_go_wrong(answer, match, entry, cache, monkeypatch):
             fetch(NAME)
     assert time.monotonic() - start < 10
     assert "\n" not in str(caught.value) and leftovers(cache) == []
+
+
+class Response:
+    """What urlopen gives: a few bytes at each read, as long as there are ``reads``."""
+
+    def __init__(self, reads, **headers):
+        self.reads, self.headers, self.url = reads, headers, "https://x/y.pth"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def read1(self, size):
+        assert 0 < size <= 1 << 24
+        return next(self.reads, b"")
+
+
+def test_the_limits_of_a_transfer(tmp_path, monkeypatch):
+    """16 GiB, half a minute without a byte, an hour in all."""
+    waited = []
+    content = b"PK\x03\x04"
+
+    def urlopen(request, timeout):
+        waited.append(timeout)
+        return Response(iter([content]))
+
+    monkeypatch.setattr(transfer.urllib.request, "urlopen", urlopen)
+    path = str(tmp_path / "part")
+    assert transfer.download("https://x/y.pth", path) == hashlib.sha256(content).hexdigest()
+    assert waited == [30] and Path(path).read_bytes() == content
+    for announced, refused in ((2**34, False), (2**34 + 1, True)):
+        message = "bytes announced" if refused else "interrupted"
+        with pytest.raises(CheckpointError, match=message):
+            transfer._receive(Response(iter([b"x"]), **{"Content-Length": str(announced)}), path)
+    for seconds, refused in ((3600, False), (3601, True)):
+        clock = iter([0.0, float(seconds)])
+        monkeypatch.setattr(transfer.time, "monotonic", lambda clock=clock: next(clock))
+        with (
+            pytest.raises(CheckpointError, match="too slow")
+            if refused
+            else contextlib.nullcontext()
+        ):
+            transfer._receive(Response(iter([b"x"])), path)
+    assert fetching._PATIENCE == 3600
 
 
 def test_a_lock_that_is_never_given_back(one, cache, monkeypatch):

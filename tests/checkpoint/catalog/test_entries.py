@@ -3,7 +3,7 @@
 import pytest
 
 from wsbcn_d2.checkpoint import CATALOG
-from wsbcn_d2.checkpoint.catalog.entries import url_digest
+from wsbcn_d2.checkpoint.catalog.entries import file_digest, url_digest
 from wsbcn_d2.checkpoint.metadata import DETECTRON2_BGR, DETECTRON_BGR, IMAGENET_RGB
 
 # The authors' imagenet.py divides by 255: mean .485 .456 .406, deviation .229 .224 .225, in RGB.
@@ -129,3 +129,13 @@ def test_detectors(name):
 def test_the_three_families_of_pixels():
     for found, expected in ((IMAGENET_RGB, RGB), (DETECTRON2_BGR, BGR), (DETECTRON_BGR, OLD_BGR)):
         assert (found.input_format, found.pixel_mean, found.pixel_std) == expected
+
+
+def test_where_a_name_says_its_digest():
+    for name in ("a-0123abcd.pth", "a-0123abcd.pkl", "x/y-z_1-0123abcd.pth"):
+        assert url_digest(f"https://somewhere/{name}") == file_digest(name) == "0123abcd"
+    for name in (
+        *("a-0123abcd.pth.tar", "a-0123abc.pth", "a-00123abcd.pth", "a-0123ABCD.pth"),
+        *("a_0123abcd.pth", "0123abcd.pth", "a-0123abcd", "a-0123abcd.pth/b.pth"),
+    ):
+        assert url_digest(f"https://somewhere/{name}") is file_digest(name) is None

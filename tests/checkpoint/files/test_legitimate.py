@@ -138,6 +138,15 @@ def test_prefixes(prefix, container, tmp_path):
     assert set(source.state) == {f"body.{n}" for n in STATE}
 
 
+@pytest.mark.parametrize("name", ["body.module.weight", "body.model.weight", "models.weight"])
+def test_words_of_a_name_that_are_no_prefix_stay(name, tmp_path):
+    for prefix in ("", "module."):
+        source = read({prefix + name: torch.ones(2), prefix + "b": torch.ones(1)}, tmp_path)
+        assert list(source.state) == [name, "b"]
+    source = read({f"model.{name}": torch.ones(2), "b": torch.ones(1)}, tmp_path)
+    assert list(source.state) == [f"model.{name}", "b"]  # not all of them have it
+
+
 class Config:
     """Some code base's own class."""
 

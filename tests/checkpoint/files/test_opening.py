@@ -16,6 +16,7 @@ import torch
 
 from wsbcn_d2.checkpoint import CheckpointError, Options, convert, convert_file, read_checkpoint
 from wsbcn_d2.checkpoint.files.archives import unpickled
+from wsbcn_d2.checkpoint.files.opening import check_head
 from wsbcn_d2.cli.convert import main
 
 from .. import source_models as src
@@ -134,6 +135,20 @@ def test_absurd_storage_in_the_old_format(tmp_path):
     path = tmp_path / "bomb.pth"
     path.write_bytes(data)
     refused(path, "more data than the file holds", tmp_path)
+
+
+def test_a_storage_that_says_another_size_than_its_tensor(tmp_path):
+    """In the old format both say it: the pickle's place, and eight bytes before the numbers."""
+    good = io.BytesIO()
+    torch.save({"conv1.weight": torch.ones(5)}, good, _use_new_zipfile_serialization=False)
+    data, numbers = good.getvalue(), np.ones(5, "<f4").tobytes()
+    for size in (0, 4, 6, 2**40):
+        path = tmp_path / "other.pth"
+        path.write_bytes(
+            data.replace(struct.pack("<q", 5) + numbers, struct.pack("<q", size) + numbers)
+        )
+        assert path.read_bytes() != data
+        refused(path, "damaged: storage .* has another size", tmp_path)
 
 
 def test_compressed_and_overlapping_zip(tmp_path):
@@ -331,6 +346,29 @@ def test_nan_is_reported(state):
     assert set(report.nonfinite) == names
     assert any("NaN or Inf in 2 tensors" in line for line in report.lines())
     assert not convert(state)[1].nonfinite
+    for value in (float("nan"), float("inf"), -float("inf")):  # one number among many
+        broken = dict(state)
+        broken["conv1.weight"] = state["conv1.weight"].clone()
+        broken["conv1.weight"][3, 1, 2, 2] = value
+        assert convert(broken)[1].nonfinite == ["backbone.bottom_up.stem.conv1.weight"]
+
+
+def test_the_largest_file(tmp_path):
+    path = tmp_path / "huge.pth"
+    path.write_bytes(b"PK")
+    os.truncate(path, 2**34)  # without a byte on the disk
+    assert check_head(str(path)).startswith(b"PK\0")
+    os.truncate(path, 2**34 + 1)
+    with pytest.raises(CheckpointError, match="larger than 16 GiB"):
+        check_head(str(path))
+
+
+@pytest.mark.parametrize("target", ["fpn", "c4", "resnet"])
+def test_bare_names_alone_are_to_be_matched(target, good, tmp_path):
+    convert_file(str(good), str(tmp_path / "a.pth"), Options(target=target))
+    data = torch.load(tmp_path / "a.pth", weights_only=True)
+    assert data.get("matching_heuristics", False) == (target == "resnet")
+    assert ("stem.conv1.weight" in data["model"]) == (target == "resnet")
 
 
 TOOL = ROOT / "tools/convert_checkpoint.py"

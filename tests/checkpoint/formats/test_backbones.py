@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from wsbcn_d2.checkpoint import CheckpointError, Options, convert
+from wsbcn_d2.checkpoint.formats.plain_bn import batch_norm_to_bcn
 
 from .. import ours
 from .. import source_models as src
@@ -143,6 +144,27 @@ def test_torchvision_batch_norm_into_bcn():
     with torch.no_grad():
         got = load(net, kept, norm="BN")(image)
     assert [error(g, w) < 1e-10 for g, w in zip(got.values(), want, strict=True)] == [True] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_a_batch_norms_numbers_in_a_bcn(dtype):
+    """Of its type, at the channel half's start, and counted: the next batch is not the first."""
+    net = src.Net(norm="BN", ws="")
+    state = {n: torch.zeros(s, dtype=dtype) for n, s in src.resnet_entries(net)}
+    for name in state:
+        if name.endswith("num_batches_tracked"):
+            state[name] = torch.tensor(7 if name.startswith("bn1.") else 0)
+    converted, report = convert(state, Options(target="resnet"))
+    for name, value in converted.items():
+        if name.endswith("num_batches_tracked"):
+            assert value.dtype == torch.int64 and int(value) == (7 if "stem" in name else 1), name
+        else:
+            assert value.dtype == dtype, name
+    assert len(report.added) == 2 * 53
+    for name in report.added:
+        assert converted[name].tolist() == [float(name.endswith("weight"))] * 32, name
+    with pytest.raises(CheckpointError, match="stem.conv1.norm.weight has 64 channels, which 24"):
+        batch_norm_to_bcn(convert(state, Options(target="resnet", norm="BN"))[0], 24)
 
 
 @pytest.mark.parametrize("have, want", [("GN", "BCN"), ("BCN", "GN"), ("BCN", "BN"), ("GN", "BN")])

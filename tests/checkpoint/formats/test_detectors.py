@@ -119,6 +119,13 @@ def test_background_rows_are_cut_in_weights_and_biases_alike():
         assert mask.tolist() == list(range(1, 81))
 
 
+@pytest.mark.parametrize("kind", R50)
+def test_no_tensor_carries_more_than_its_own_numbers(kind):
+    """A view would be saved with all that it is a view of."""
+    for name, value in convert(rows(kind))[0].items():
+        assert value.untyped_storage().nbytes() == value.numel() * value.element_size(), name
+
+
 def test_later_mmdetection_keeps_its_rows():
     converted, report = convert(rows("mmdet2"))
     bias = converted["roi_heads.box_predictor.cls_score.bias"]
