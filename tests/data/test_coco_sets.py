@@ -275,6 +275,14 @@ FAULTS = {
         "EXIF turns the picture",
         "orientation 6",
     ),
+    "TIFF that Detectron2 turns back": (
+        lambda c, f: (
+            turned(6)(c, f)
+            or Image.open(f / "0.png").save(f / "0.png", "TIFF", tiffinfo={EXIF_ORIENTATION: 6})
+        ),
+        "EXIF turns the picture",
+        "orientation 6",
+    ),
     "turned by 180": (turned(3), "EXIF turns the picture", "orientation 3"),
     "16 bits": (deep, "1 pictures of more than 8 bits (0.png", "INPUT.PICTURE_RANGE"),
     "floats": (

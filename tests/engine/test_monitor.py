@@ -43,7 +43,7 @@ def watch(norm, batches, period=1, window=1, **kwargs):
     monitor = ChannelMonitor(period, window, **kwargs)
     trainer.register_hooks([monitor, keep])
     trainer.train(0, len(batches))
-    assert not net.bottom_up._forward_hooks  # nothing stays attached
+    assert not any(m._forward_hooks for m in net.modules())  # nothing stays attached
     return keep.values
 
 
@@ -107,6 +107,30 @@ def test_a_known_error_of_the_estimates(make):
     error = values["channels/backbone/estimate_error_mean"]
     assert list(error) == [1]
     assert error[1] == pytest.approx(expected, rel=1e-4)
+
+
+def test_zero_is_inactive_and_the_estimates_error_is_bounded_by_eps():
+    norm = EstimatedBatchNorm2d(1, eps=1e-4, momentum=0.0)
+    norm.num_batches_tracked.fill_(1)
+    norm.running_var.fill_(3e-4)
+    values = watch(norm, [torch.zeros(1, 1, 4, 4)])
+    assert values["channels/backbone/inactive_mean"] == {0: 1.0}
+    norm.running_mean.fill_(0.05)
+    error = watch(norm, [torch.zeros(1, 1, 4, 4)])["channels/backbone/estimate_error_mean"]
+    assert error[0] == pytest.approx(0.05 / 4e-4**0.5)
+    norm.running_var.fill_(0.0)
+    error = watch(norm, [torch.zeros(1, 1, 4, 4)])["channels/backbone/estimate_error_mean"]
+    assert error[0] == pytest.approx(0.05 / 1e-4**0.5)
+
+
+def test_the_norms_of_a_part_have_a_mean_and_a_largest():
+    norms = nn.Sequential(*(nn.BatchNorm2d(2) for _ in range(4)))
+    with torch.no_grad():
+        for norm, biases in zip(norms, ((-50, -50), (-50, 50), (50, 50), (-50, 50)), strict=True):
+            norm.bias.copy_(torch.tensor(biases))
+    values = watch(norms, [torch.randn(2, 2, 8, 8)])
+    assert values["channels/backbone/inactive_mean"] == {0: 0.5}
+    assert values["channels/backbone/inactive_max"] == {0: 1.0}
 
 
 def test_hooks_are_on_sampled_steps_alone():

@@ -9,6 +9,7 @@ from detectron2.solver import LRMultiplier, WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 from torch import nn
 
+from wsbcn_d2.engine.from_config import resumed_schedule
 from wsbcn_d2.engine.hooks import ResumedSchedule
 
 LONG = {"values": [1.0, 0.1], "milestones": [6], "num_updates": 10}
@@ -108,6 +109,28 @@ def test_a_checkpoint_that_has_no_record_of_its_schedule(caplog):
     rates, _, lines, _ = resumed(0.03, caplog, trainer(0.1, hook=False))
     assert rates == pytest.approx([0.1] * 3 + [0.01] * 4)
     assert lines[0].endswith("lr was 0.1, is 0.03; 0.1 holds (for the config's, WHOSE config)")
+
+
+def test_every_key_of_the_solver_that_a_schedule_rests_on_is_compared(tiny_cfg):
+    cfg = tiny_cfg("SOLVER.STEPS", (3, 4))
+    hook = resumed_schedule(cfg, torch.optim.SGD([torch.zeros(1)], 0.1))
+    names = {
+        *("BASE_LR", "BIAS_LR_FACTOR", "MOMENTUM", "NESTEROV", "WEIGHT_DECAY"),
+        *("WEIGHT_DECAY_NORM", "WEIGHT_DECAY_BIAS", "IMS_PER_BATCH", "LR_SCHEDULER_NAME"),
+        *("STEPS", "GAMMA", "MAX_ITER", "WARMUP_FACTOR", "WARMUP_ITERS", "WARMUP_METHOD"),
+    }
+    saved = hook.state_dict()["schedule"]
+    assert saved == {
+        f"SOLVER.{name}": list(v) if isinstance(v := cfg.SOLVER[name], tuple) else v
+        for name in names
+    }
+    for name in saved:
+        hook.load_state_dict({"schedule": {**saved, name: "other"}})
+        (said,) = hook._differences()
+        assert said.startswith(f"{name} was other, is ")
+        holds = "for the config's, SOLVER.ON_RESUME config" not in said
+        options = ("BASE_LR", "BIAS_LR_", "MOMENTUM", "NESTEROV", "WEIGHT_DECAY")
+        assert holds != name.removeprefix("SOLVER.").startswith(options), said
 
 
 def test_a_run_from_the_start_says_nothing(caplog):

@@ -18,7 +18,7 @@ from detectron2.utils.logger import setup_logger
 from torch.testing import assert_close
 
 from wsbcn_d2 import EstimatedBatchNorm2d
-from wsbcn_d2.engine import EstimateSync, Trainer, UpdateRateSchedule, load_config
+from wsbcn_d2.engine import EstimateSync, Trainer, UpdateRateSchedule, load_config, trainer
 from wsbcn_d2.engine.trainer import train_net as one_process
 
 CONFIG = str(ROOT / "configs" / "shapes" / "mask_rcnn_R_18_FPN_bcn_ws.yaml")
@@ -105,6 +105,22 @@ def test_evaluation_from_the_command_line_with_augmentation(command, tmp_path, c
     with pytest.raises(SystemExit) as exit_code:
         command("TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 77.0, 0.1]]", flags=("--eval-only",))
     assert exit_code.value.code == 1
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_is_evaluated_with_and_without_resume(resume, tiny_options, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        trainer.WSBCNCheckpointer,
+        "resume_or_load",
+        lambda self, path, *, resume: asked.append((self.save_dir, path, resume)),
+    )
+    monkeypatch.setattr(Trainer, "test", classmethod(lambda cls, cfg, model: {"tested": model}))
+    argv = ["--config-file", CONFIG, "--eval-only", *["--resume"] * resume, *tiny_options]
+    argv += ["MODEL.WEIGHTS", "some.pth"]
+    results = one_process(default_argument_parser().parse_args(argv))
+    assert asked == [(str(tmp_path / "output"), "some.pth", resume)]
+    assert results.keys() == {"tested"}
 
 
 def test_resume_restores_everything(command, tiny_options, tmp_path):

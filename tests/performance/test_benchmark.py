@@ -106,6 +106,51 @@ def test_bytes_that_a_layer_keeps():
     assert kept < layers.saved_bytes(BatchChannelNorm2d(8, 4), x) < 1.5 * kept
 
 
+def test_what_is_kept_twice_is_counted_once():
+    class Cube(nn.Module):
+        def forward(self, x):
+            return x * x * x
+
+    x = torch.randn(2, 8, 4, 4, requires_grad=True)
+    assert layers.saved_bytes(Cube(), x) == 4 * 2 * x.numel()  # x, and its square
+
+
+def test_every_step_draws_the_same_boxes_and_learns_nothing():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.drawn = nn.Parameter(torch.ones(3)), []
+
+        def forward(self, batch):
+            self.drawn.append(torch.rand(3))
+            return {"a": (self.weight * self.drawn[-1]).sum(), "b": self.weight.sum()}
+
+    cfg = load_config(str(ROOT / "configs/shapes/mask_rcnn_R_18_FPN_gn.yaml"), TINY)
+    model = Model()
+    step = steps.training(cfg, model, options(image_size=(32, 32)), 1)
+    for _ in range(3):
+        step()
+    assert len(model.drawn) == 3 and all(torch.equal(x, model.drawn[0]) for x in model.drawn)
+    assert model.weight.grad is None  # its memory is given back
+    assert_close(model.weight.detach(), torch.ones(3), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("words, threads", [(["--cpu-time"], 1), (["--threads", "2"], 2), ([], 3)])
+def test_time_of_one_thread_is_taken_on_one_thread(words, threads, monkeypatch, capsys):
+    found = []
+
+    def mode(runner, args):
+        found.append((torch.get_num_threads(), torch.rand(())))
+        return {}
+
+    torch.set_num_threads(3)
+    monkeypatch.setitem(benchmark.MODES, "ws", mode)
+    assert benchmark.main(["ws", *words]) == 0
+    torch.manual_seed(0)
+    assert found == [(threads, torch.rand(()))]
+    assert f"threads={threads}" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--channels-last"], ["--released"]])
 def test_layers_and_weights(flags, tmp_path, capsys):

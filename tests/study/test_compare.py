@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import TINY
 from wsbcn_d2.engine import load_config
-from wsbcn_d2.study import find_records, write_record
+from wsbcn_d2.study import Failure, find_records, write_record
 from wsbcn_d2.study.child import hardware
 
 from .helpers import TOOL, load_tool, make_record
@@ -61,6 +61,73 @@ def test_a_report_from_records_of_another_machine(compare, tmp_path, monkeypatch
     said = capsys.readouterr().out
     assert "4 runs, 3 of them finished already" in said and "| gn | 1 | 10.0 ± 0.0 |" in said
     assert "bcn_1img_seed2" in (tmp_path / "here" / "report.html").read_text()  # not run yet
+
+
+@pytest.fixture
+def records_of(compare, tmp_path):
+    """Writes a record, of some AP and a name of its own, for each run that words ask for."""
+
+    def write(argv, folder, box):
+        for run in compare.plan(compare.parse(argv)):
+            settings = {k: v for k, v in run.settings.items() if k != "SEED"}
+            record = make_record("old name", seed=run.seed, settings=settings, box=box)
+            write_record(record, tmp_path / folder / f"{run.name}.json")
+
+    return write
+
+
+def test_own_records_come_first_and_have_the_names_asked_for(
+    compare, records_of, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(ROOT)
+    output = tmp_path / "out"
+    argv = ["--variants", "gn", "--seeds", "1", "--output", str(output), "--report-only"]
+    records_of(argv, "theirs", 20.0)
+    argv += ["--records", str(tmp_path / "theirs")]
+    assert compare.main(argv) == 0
+    assert "| gn | 1 | 20.0 | 19.0 |" in capsys.readouterr().out
+    records_of(argv, "out/records", 30.0)
+    assert compare.main(argv) == 0
+    assert "| gn | 1 | 30.0 | 29.0 |" in capsys.readouterr().out
+
+
+def test_failed_and_interrupted_studies_say_so_by_their_exit_code(
+    compare, records_of, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(ROOT)
+    output = tmp_path / "out"
+    argv = ["--variants", "gn", "--seeds", "1", "--output", str(output)]
+    records_of(argv, "out/records", 30.0)
+    argv[2:4] = ["--seeds", "1", "2", "--jobs", "3", "--keep-checkpoints", "--pictures", "7"]
+    asked = {}
+
+    def fail(pending, root, command_of, **options):
+        asked.update(options, runs=[run.seed for run in pending], root=root)
+        asked["command"] = command_of(pending[0], Path("folder"))
+        return [Failure(pending[0], "exit code 9: no memory", "log")]
+
+    monkeypatch.setattr(compare, "check", lambda runs: None)
+    monkeypatch.setattr(compare, "run_all", fail)
+    assert compare.main(argv) == 1
+    page = (output / "report.html").read_text()
+    assert "exit code 9: no memory" in page and "| gn | 1 | 30.0 |" in capsys.readouterr().out
+    assert (asked["runs"], asked["root"], asked["jobs"]) == ([2], output, 3)
+    assert asked["keep_checkpoints"] is True
+    assert asked["command"][asked["command"].index("--pictures") + 1] == "7"
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "run_all", interrupt)
+    assert compare.main(argv) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+
+
+def test_defaults_of_a_study(compare):
+    args = compare.parse(["--output", "out"])
+    assert (args.variants, args.seeds, args.images_per_step) == (list(compare.ORDER), [1, 2, 3], [])
+    assert (args.monitor_period, args.evaluations, args.pictures, args.jobs) == (100, 5, 4, 1)
+    assert not args.keep_checkpoints and not args.report_only and args.max_iter is None
 
 
 def test_every_option_of_a_plan(compare, monkeypatch):

@@ -73,6 +73,26 @@ def test_everything_is_up_to_date(tool, monkeypatch, capsys):
     assert tool.main(["--check"]) == 0, capsys.readouterr().out
 
 
+def test_the_main_page_is_looked_at_with_all_the_others(tool, tmp_path, monkeypatch, capsys):
+    for folder in ("configs/a/results", "configs/b/results"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "README.md").write_text("as it was")
+    page = tmp_path / "README.md"
+    page.write_text("old")
+    monkeypatch.chdir(tmp_path)
+    text = {"README.md": "as it was"}
+    monkeypatch.setattr(tool, "made", lambda folder: ({}, {folder / k: v for k, v in text.items()}))
+    monkeypatch.setattr(tool, "main_page", lambda: {Path("README.md"): "new"})
+    assert tool.main(["--check", "configs/a/results"]) == 0 and capsys.readouterr().out == ""
+    assert tool.main(["--check"]) == 1 and capsys.readouterr().out == "README.md: differs\n"
+    assert page.read_text() == "old"
+    assert tool.main([]) == 0 and capsys.readouterr().out == "README.md: written\n"
+    assert page.read_text() == "new" and tool.main(["--check"]) == 0
+    (tmp_path / "configs/b/results/README.md").write_text("by hand")
+    assert tool.main(["--check"]) == 1
+    assert capsys.readouterr().out == "configs/b/results/README.md: differs\n"
+
+
 def test_what_was_edited_by_hand_is_found_and_mended(tool, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     folder = tmp_path / "results"

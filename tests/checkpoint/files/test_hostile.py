@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save as save_safetensors
 
 from wsbcn_d2.checkpoint import CheckpointError, read_checkpoint
-from wsbcn_d2.checkpoint.files.pickles import Foreign
+from wsbcn_d2.checkpoint.files.pickles import Foreign, check_opcodes
 
 CASES = int(os.environ.get("WSBCN_FUZZ_CASES", "100"))
 fuzzed = settings(
@@ -145,6 +145,25 @@ def test_crafted_pickles(kind, name, tmp_path):
         assert whole.getvalue().count(empty) == 1
         data = whole.getvalue().replace(empty, data)
     assert read(data, tmp_path)
+
+
+def passes(pickled):
+    try:
+        check_opcodes(io.BytesIO(pickled), len(pickled))
+    except CheckpointError as error:
+        assert "contain each other too many times" in str(error)
+        return False
+    return True
+
+
+def test_how_deep_and_how_often_objects_may_contain_each_other():
+    """Tuples 1,000 deep; 10,000,000 steps and 16 for each byte of the file."""
+    assert passes(b"\x80\x02)" + b"\x85" * 999 + b".")
+    assert not passes(b"\x80\x02)" + b"\x85" * 1000 + b".")
+    value, levels = (), 0
+    while passes(pickle.dumps(value, 2)):  # twice as many steps at each level
+        value, levels = (value, value), levels + 1
+    assert 2**levels - 1 <= 10_000_000 < 2 ** (levels + 1) - 1
 
 
 def test_inert_objects_do_nothing():

@@ -299,7 +299,12 @@ def test_detectron2_names_and_targets():
     assert set(back) == set(bare)
     with pytest.raises(CheckpointError, match="1 keys are no part of a ResNet: surprise.weight"):
         convert(zoo | {"surprise.weight": torch.zeros(1)})
+    for name in ("stem.conv2.weight", "res2.0.conv1.norm.extra", "res5.2.conv4.weight"):
+        with pytest.raises(CheckpointError, match=f"1 are not part of this architecture: {name}$"):
+            convert(bare | {name: torch.zeros(1)})
     detector, _ = convert(rows("mmdet2"))
+    with pytest.raises(CheckpointError, match="not part of .*: backbone.fpn_lateral2.bias$"):
+        convert(rows("mmdet2") | {"neck.lateral_convs.0.conv.bias": torch.zeros(256)})
     with pytest.raises(CheckpointError, match="heads of this fpn detector do not fit a c4"):
         convert(detector, Options(target="c4"))
     only, report = convert(detector, Options(target="resnet"))

@@ -147,7 +147,10 @@ def test_class_k_stays_class_k(kind, classes, agnostic, mask, bias):
     assert report.detector == ("mask_rcnn" if mask else "faster_rcnn")
     assert report.metadata.norm == ("BN" if bias else "GN")
     heads = "" if bias else "GN"
-    assert f'MODEL.FPN.NORM: "{heads}"' in report.config_lines()
+    lines = report.config_lines()
+    assert f'MODEL.FPN.NORM: "{heads}"' in lines
+    # As MSRA's networks of old; Detectron's own GN ones have it in the 3x3.
+    assert f"MODEL.RESNETS.STRIDE_IN_1X1: {kind == 'caffe2' and bias}" in lines
 
     predictor = FastRCNNOutputLayers(
         ShapeSpec(channels=FC),
