@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import inspect
 import io
+import json
 import os
 import re
 import shutil
@@ -187,6 +188,27 @@ def test_failed_download_gives_pips_reason(tmp_path, monkeypatch):
         wheel.download_sdist(tmp_path)
 
 
+def test_the_download_is_one_file_of_one_digest(tmp_path, monkeypatch):
+    """And no code of it runs: pip checks the file before it asks for anything in it."""
+    calls = []
+
+    def run(command, **kwargs):
+        calls.append((command, kwargs["env"]))
+        Path(command[command.index("--dest") + 1], "pb1-detectron2-0.6.tar.gz").touch()
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(wheel.subprocess, "run", run)
+    assert wheel.download_sdist(tmp_path) == tmp_path / "pb1-detectron2-0.6.tar.gz"
+    ((command, env),) = calls
+    digest = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
+    requirement = Path(command[command.index("-r") + 1]).read_text()
+    assert requirement == f"pb1-detectron2==0.6 --hash=sha256:{digest}\n"
+    assert command[:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in command
+    assert command[command.index("--no-binary") + 1] == "pb1-detectron2"
+    assert "--no-build-isolation" in command  # the backend is ours
+    assert (Path(env["PYTHONPATH"]) / "setuptools" / "build_meta.py").is_file()
+
+
 def test_stand_in_backend_answers_for_the_sdist(tmp_path):
     namespace = {}
     exec(wheel._BACKEND, namespace)
@@ -318,10 +340,35 @@ def test_the_official_commit_has_an_hour_to_compile(monkeypatch):
     monkeypatch.setattr(installer, "pip", pip)
     with pytest.raises(InstallError, match="enough"):
         installer.install_git()
+    # Its model zoo imports pkg_resources, which later versions of setuptools lack.
+    assert calls[0][0] == ("install", "setuptools>=64,<81", "wheel", "ninja")
     args, kwargs = calls[-1]
+    assert args[:3] == ("wheel", "--no-deps", "--no-build-isolation")
     url = "git+https://github.com/facebookresearch/detectron2.git@"
     assert args[-1] == url + "02b5c4e295e990042a714712c21dc79b731e8833"
     assert kwargs["timeout"] == 3600
+
+
+def test_a_wheel_replaces_what_is_there_and_brings_its_requirements(monkeypatch):
+    calls = []
+    monkeypatch.setattr(installer, "pip", lambda *args, verbose: calls.append((args, verbose)))
+    installer.install_wheel(Path("a.whl"), verbose=True)
+    assert calls == [
+        (("install", "--force-reinstall", "--no-deps", "a.whl"), True),
+        (("install", "a.whl"), True),
+    ]
+
+
+def test_what_is_run_asks_nothing(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        installer.subprocess, "run", lambda command, **kwargs: seen.append((command, kwargs))
+    )
+    installer.run(["git", "x"], timeout=3)
+    ((command, options),) = seen
+    assert command == ["git", "x"] and options["timeout"] == 3 and options["capture_output"]
+    assert options["stdin"] is subprocess.DEVNULL
+    assert (options["env"]["GIT_TERMINAL_PROMPT"], options["env"]["GIT_ASKPASS"]) == ("0", "true")
 
 
 def test_failed_compilation_falls_through_to_pure(monkeypatch, capsys):
@@ -369,6 +416,107 @@ def test_env_check_reads_setup_and_judges_versions(tmp_path):
     assert env_check.problem("numpy>=1.0") is None
     assert "is needed" in env_check.problem("numpy>=999")
     assert "is missing" in env_check.problem("no-such-distribution-here>=1")
+
+
+def test_env_check_says_what_is_missing_by_its_exit_code(monkeypatch, capsys):
+    wanted = []
+    monkeypatch.setattr(env_check, "read_requirements", lambda extras: wanted)
+    assert env_check.main([]) == 0 and capsys.readouterr().out == ""
+    wanted += ["numpy>=1.0", "no-such-distribution-here", "nor-this-one"]
+    assert env_check.main([]) == 1
+    assert capsys.readouterr().out == "no-such-distribution-here is missing\n"
+    wanted.clear()
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # which makes its import fail
+    assert env_check.main([]) == 1
+    assert capsys.readouterr().out.startswith("torchvision does not import: ")
+
+
+def bash(script, **env):
+    done = subprocess.run(
+        ["bash", "-c", script], capture_output=True, text=True, env={**os.environ, **env}
+    )
+    return done.returncode, done.stdout.strip(), done.stderr.strip()
+
+
+@pytest.mark.parametrize(
+    "version, serves", [("(3, 9, 18)", 1), ("(3, 10, 0)", 0), ("(3, 13, 1)", 0), ("(2, 7)", 1)]
+)
+def test_pythons_that_are_new_enough(tmp_path, version, serves):
+    """Each said by an interpreter that claims its version."""
+    fake = tmp_path / "python3"
+    change = f"import sys; sys.version_info = {version}; exec(sys.argv[1])"
+    fake.write_text(f'#!/bin/sh\nexec {sys.executable} -S -c "{change}" "$2"\n')
+    fake.chmod(0o755)
+    assert bash(f"source {TOOLS}/setup_env.sh; _setup_new_enough {fake}")[0] == serves
+    text = f"source {TOOLS}/setup_env.sh; _setup_find_python && echo found $_setup_base"
+    code, said, error = bash(text, WSBCN_PYTHON=str(fake))
+    assert (code, said) == ((1, "") if serves else (0, f"found {fake}"))
+    assert not serves or "Python 3.10 or newer is needed" in error
+
+
+STAMPED = ["setup.py"] + [
+    f"tools/install/{name}"
+    for name in (
+        "setup_env.sh",
+        "install_detectron2.py",
+        "detectron2_wheel.py",
+        "detectron2_stub.py",
+    )
+]
+
+
+def test_an_environment_is_made_anew_when_what_it_is_made_of_changes(tmp_path):
+    for name in STAMPED:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    python = tmp_path / "venv" / "bin" / "python"
+
+    def stamp(torch="torch==1", version="3.11"):
+        python.write_text(f"#!/bin/sh\necho Python {version}\n")
+        python.chmod(0o755)
+        text = f"source {tmp_path}/tools/install/setup_env.sh; _setup_venv={tmp_path}/venv"
+        code, said, error = bash(f"{text} _setup_torch=({torch}); _setup_stamp_value")
+        assert code == 0 and said and not error
+        return said
+
+    stamps = [stamp(), stamp("torch==2"), stamp(version="3.12")]
+    assert stamp() == stamps[0]
+    for name in STAMPED:
+        with (tmp_path / name).open("a") as file:
+            file.write("# changed\n")
+        stamps.append(stamp())
+    assert len(set(stamps)) == len(stamps)
+
+
+def test_the_demo_reports_the_last_evaluation(tmp_path, monkeypatch, capsys):
+    report = load("demo_report")
+    rows = [
+        {"iteration": i, f"{task}/{name}": value + less}
+        for i, value in ((9, 1.0), (19, 20.0))
+        for task, less in (("bbox", 0.5), ("segm", 0.25))
+        for name in ("AP", "AP50", "AP75")
+    ]
+    (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, rows)))
+    drawn = []
+    monkeypatch.setattr(
+        report,
+        "draw_predictions",
+        lambda cfg, folder: drawn.append((cfg.MODEL.WEIGHTS, folder)) or ["a.png", "b.png"],
+    )
+    config = str(ROOT / "configs" / "shapes" / "mask_rcnn_R_18_FPN_bcn_ws.yaml")
+    argv = ["demo_report.py", "--config-file", config, "OUTPUT_DIR", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert report.main() == 2
+    assert "holds no model_final.pth: train first" in capsys.readouterr().err
+    (tmp_path / "model_final.pth").touch()
+    assert report.main() == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^bbox +20\.5 +20\.5 +20\.5$", said, re.MULTILINE)
+    assert re.search(r"^segm +20\.2 +20\.2 +20\.2$", said, re.MULTILINE)
+    assert "a.png and 1 more" in said and "shapes_val" in said
+    assert drawn == [(str(tmp_path / "model_final.pth"), str(tmp_path / "predictions"))]
+    assert (tmp_path / "curves.png").is_file()
 
 
 def test_the_package_contains_its_kernels(tmp_path):

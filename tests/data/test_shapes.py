@@ -14,6 +14,7 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_test_loader
 from detectron2.evaluation import COCOEvaluator
 from PIL import Image
+from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
 from wsbcn_d2 import data
@@ -122,6 +123,22 @@ def test_both_kinds_of_segmentation_and_what_they_decode_to(coco, folder):
                 assert instance.visible_fraction == 1.0
                 assert data.CLASSES[instance.category] != "ring"
     assert min(kinds.values()) > 0.2 * sum(kinds.values()), kinds
+
+
+@pytest.mark.parametrize("rows, polygon", [(100, True), (96, True), (93, False), (60, False)])
+def test_a_polygon_stands_for_a_mask_that_it_is_19_20ths_of(rows, polygon):
+    mask = np.zeros((120, 120), bool)
+    mask[10:110, 10:110] = True
+    corners = [[10, 10], [110, 10], [110, 10 + rows], [10, 10 + rows]]
+    segmentation, rle = shapes._segmentation(
+        data.Instance(0, mask, np.array(corners, float), int(mask.sum()))
+    )
+    assert isinstance(segmentation, list) == polygon
+    share = mask_util.area(rle) / mask.sum()
+    assert share == pytest.approx(rows / 100 if polygon else 1.0, abs=0.015)
+    # Of an object that is partly hidden, the outline is more than what is seen.
+    hidden = data.Instance(0, mask, np.array(corners, float), int(mask.sum()) + 1)
+    assert isinstance(shapes._segmentation(hidden)[0], dict)
 
 
 # Writing.
