@@ -1,6 +1,9 @@
 """The config keys of this project, and the configs beside each other."""
 
+import dataclasses
+import inspect
 import re
+import sys
 
 import pytest
 from conftest import ROOT
@@ -22,6 +25,20 @@ KEYS = {
     "MODEL.BCN.FIRST_BATCH_INIT": True,
     "MODEL.BCN.SYNC_ESTIMATES": True,
     "MODEL.BCN.MONITOR_PERIOD": 0,
+    "MODEL.CLASSIFIER.NUM_CLASSES": 1000,
+    "MODEL.CLASSIFIER.ZERO_INIT_LAST_NORM": False,
+    "MODEL.RECOMPUTE": [],
+    "DATASETS.COCO_SETS": [],
+    "INPUT.PICTURE_RANGE": [],
+    # As the official ImageNet code.
+    "INPUT.CLASSIFICATION.SIZE": 224,
+    "INPUT.CLASSIFICATION.TRAIN_CROP": "random_resized",
+    "INPUT.CLASSIFICATION.CROP_SCALE": [0.08, 1.0],
+    "INPUT.CLASSIFICATION.PADDING": 4,
+    "INPUT.CLASSIFICATION.RESIZE_TEST": 256,
+    "SOLVER.ACCUMULATE": 1,
+    "SOLVER.EPOCHS": 0,
+    "SOLVER.ON_RESUME": "checkpoint",
 }
 VARIANTS = ("bn", "gn", "gn_ws", "bcn", "bcn_ws")
 
@@ -32,7 +49,47 @@ ADDED = sorted(OURS.keys() - STOCK.keys())
 
 def test_defaults_are_those_of_the_design():
     assert {key: OURS[key] for key in KEYS} == KEYS
-    assert [key for key in ADDED if key.startswith(("MODEL.WS.", "MODEL.BCN."))] == sorted(KEYS)
+    assert sorted(KEYS) == ADDED
+
+
+# What a key's default is called where somebody builds without a config.
+ARGUMENTS = {
+    "MODEL.WS.KIND": ("ws_kind", "kind"),
+    "MODEL.WS.FORMULA": ("ws_formula", "formula"),
+    "MODEL.WS.EPS": ("ws_eps", "eps"),
+    "MODEL.BCN.UPDATE_RATE": ("update_rate", "momentum"),
+    "MODEL.BCN.FIRST_BATCH_INIT": ("first_batch_init",),
+    "MODEL.CLASSIFIER.ZERO_INIT_LAST_NORM": ("zero_init_last_norm",),
+}
+OTHERWISE = {  # None: what each norm has
+    ("estimate_hooks", "update_rate"): None,
+    ("UpdateRateSchedule", "update_rate"): None,
+}
+
+
+def test_functions_have_the_keys_defaults():
+    """One that was changed in one of two places builds two models of one name."""
+    seen = set()
+    packages = tuple(f"wsbcn_d2.{name}" for name in ("layers", "modeling", "engine"))
+    for module in [m for n, m in sys.modules.items() if n.startswith(packages)]:
+        for function in vars(module).values():
+            owner = inspect.getmodule(function)
+            ours = getattr(owner, "__name__", "").startswith(packages)
+            if not callable(function) or not ours or dataclasses.is_dataclass(function):
+                continue
+            methods = [function, getattr(function, "convert", None), function.__init__]
+            for method in filter(inspect.isroutine, methods):
+                parameters = inspect.signature(method).parameters
+                for key, names in ARGUMENTS.items():
+                    for name in set(names) & set(parameters):
+                        default = parameters[name].default
+                        if default is not inspect.Parameter.empty:
+                            where = (function.__name__, name)
+                            assert default == OTHERWISE.get(where, KEYS[key]), where
+                            seen.add(where)
+    assert {("standardize_weight", "eps"), ("WNConv2d", "ws_eps"), ("WSConv2d", "eps")} < seen
+    assert {("convert_convs", "kind"), ("WSFastRCNNConvFCHead", "ws_formula")} < seen
+    assert ("BatchChannelNorm2d", "update_rate") in seen and len(seen) > 20, seen
 
 
 def test_detectron2s_own_keys_are_left_alone():

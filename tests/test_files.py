@@ -1,10 +1,12 @@
 """Writing, locking and progress: whole files, one writer at a time, readable logs."""
 
+import fcntl
 import io
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -95,6 +97,41 @@ def test_a_lock_is_waited_for_and_patience_ends_in_one_line(tmp_path):
     with locked(path, 10):
         pass
     holder.join()
+
+
+def test_a_writer_that_waited_holds_the_name_and_not_the_file_it_waited_for(tmp_path):
+    """Its lock was on a file that the first writer has renamed meanwhile."""
+    seen = []
+
+    def write():
+        with replacing(tmp_path / "b") as part, open(part, "w") as stream:
+            stream.write("second")
+            stream.flush()
+            with open(part, "ab") as third:
+                try:
+                    fcntl.flock(third, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    seen.append("a third one writes too")
+                except BlockingIOError:
+                    seen.append("alone")
+
+    second = threading.Thread(target=write)
+    with replacing(tmp_path / "a") as part, open(part, "w") as stream:
+        second.start()
+        time.sleep(0.3)  # it has opened the file, and waits for its lock
+        stream.write("first")
+    second.join(60)
+    assert seen == ["alone"]
+    assert [(tmp_path / name).read_text() for name in "ab"] == ["first", "second"]
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("terminal, seconds", [(True, 0.1), (False, 30.0)])
+def test_how_often_progress_is_shown(monkeypatch, terminal, seconds):
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(sys, "stderr", screen)
+    assert progress(range(3), file=screen).mininterval == seconds
+    assert progress(total=3, file=screen, period=7.0).mininterval == (0.1 if terminal else 7.0)
 
 
 def test_progress_writes_few_lines_into_a_log(monkeypatch):

@@ -1,11 +1,23 @@
 """The predictor: what the model predicts, from safe and fitting weights; pictures of it."""
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from detectron2.config import LazyCall
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
+from detectron2.structures import Instances
+from omegaconf import OmegaConf
 from PIL import Image
+from torch import nn
 
+from wsbcn_d2 import Predictor, get_cfg, predictor
 from wsbcn_d2.checkpoint import CheckpointError, WSBCNCheckpointer
 from wsbcn_d2.predictor import draw_predictions
 
@@ -25,6 +37,114 @@ def test_predictions_beside_ground_truth(tmp_path, tiny_cfg, tiny_shapes):
         # The same photograph twice, with different drawings on it.
         assert image.shape[1] == 2 * half + 8
         assert (image[:, :half] != image[:, half + 8 :]).any()
+
+
+def test_what_is_drawn_and_of_which_pictures(tmp_path, tiny_cfg, tiny_shapes, monkeypatch):
+    """Of evenly spaced ones, what has a score of a half at least."""
+    cfg = tiny_cfg("DATASETS.TEST", (tiny_shapes["val"],))
+    drawn = []
+
+    class Fake:
+        metadata = MetadataCatalog.get(tiny_shapes["val"])
+
+        def __init__(self, cfg):
+            pass
+
+        def read(self, path):
+            return np.asarray(Image.open(path))[:, :, ::-1]
+
+        def __call__(self, image):
+            found = Instances(image.shape[:2])
+            found.scores = torch.tensor([0.9, 0.5, 0.499, 0.1])
+            return {"instances": found}
+
+        def draw(self, image, predictions, *, scale):
+            drawn.append(predictions["instances"].scores.tolist())
+            size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
+            picture = np.asarray(Image.new("RGB", size, (1, 2, 3)))
+            return SimpleNamespace(get_image=lambda: picture)
+
+    monkeypatch.setattr(predictor, "Predictor", Fake)
+    paths = draw_predictions(cfg, str(tmp_path), num_images=3)
+    assert drawn == [pytest.approx([0.9, 0.5])] * 3
+    records = DatasetCatalog.get(tiny_shapes["val"])
+    assert [Path(p).stem for p in paths] == [Path(records[i]["file_name"]).stem for i in (0, 1, 3)]
+    for path, i in zip(paths, (0, 1, 3), strict=True):
+        image = np.asarray(Image.open(path))
+        height, width = 3 * records[i]["height"], 3 * records[i]["width"]
+        assert image.shape == (height, 2 * width + 8, 3)
+        assert (image[:, width : width + 8] == 255).all()
+        assert (image[:, width + 8 :] == (1, 2, 3)).all()  # the prediction is on the right
+    assert len(draw_predictions(cfg, str(tmp_path))) == 4  # no more than there are
+
+
+def test_a_threshold_is_every_parts(tmp_path, monkeypatch):
+    class Part(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            setattr(self, name, 0.05)
+
+    names = ("test_score_thresh", "combine_instances_score_thresh", "nms_thresh")
+
+    def init(self, cfg, *, fold):
+        self.model = nn.Sequential(*map(Part, names))
+        self.fold = fold
+
+    monkeypatch.setattr(Predictor, "__init__", init)
+    (tmp_path / "model.pth").touch()
+    (tmp_path / "config.yaml").write_text("SEED: 3\n")
+    for threshold, expected in (
+        (0.25, [0.25, 0.25, 0.05]),
+        (0.0, [0, 0, 0.05]),
+        (None, [0.05] * 3),
+    ):
+        found = Predictor.from_checkpoint(tmp_path / "model.pth", threshold=threshold, fold=True)
+        values = [getattr(p, n) for p, n in zip(found.model, names, strict=True)]
+        assert values == expected and found.fold is True
+
+
+@pytest.mark.parametrize("image_format, expected", [("L", [[[76]]]), ("BGR", [[[0, 0, 255]]])])
+def test_red_is_red_to_a_model_of_one_channel(image_format, expected, monkeypatch):
+    """0.299 of 255: the arrays that a predictor is given are BGR."""
+    monkeypatch.setattr(DefaultPredictor, "__call__", lambda self, image: image)
+    found = Predictor.__new__(Predictor)
+    found.cfg = get_cfg()
+    found.cfg.INPUT.FORMAT = image_format
+    assert found(np.array([[[0, 0, 255]]], np.uint8)).tolist() == expected
+
+
+def test_names_of_classes_are_by_their_ids(tmp_path):
+    path = tmp_path / "a.json"
+    classes = [{"id": 7, "name": "late"}, {"id": 2, "name": "early"}, {"id": 5, "name": "mid"}]
+    path.write_text(json.dumps({"categories": classes}))
+    metadata = Metadata(name="x", json_file=str(path))
+    predictor._know_classes(metadata)
+    assert metadata.thing_dataset_id_to_contiguous_id == {2: 0, 5: 1, 7: 2}
+    assert metadata.thing_classes == ["early", "mid", "late"]
+
+
+def test_a_python_config_predicts_in_evaluation_and_in_its_own_order(tmp_path, tiny_shapes):
+    cfg = OmegaConf.create(
+        {
+            "model": LazyCall(torch.nn.Dropout)(p=0.5),
+            "train": {"device": "cpu", "init_checkpoint": ""},
+            "dataloader": {
+                "test": {
+                    "dataset": {"names": tiny_shapes["val"]},
+                    "mapper": {
+                        "image_format": "RGB",
+                        "augmentations": [LazyCall(T.ResizeShortestEdge)(short_edge_length=9)],
+                    },
+                }
+            },
+        }
+    )
+    found = Predictor(cfg)
+    assert not found.model.training and found.input_format == "RGB"
+    assert found.metadata.name == tiny_shapes["val"] and found.picture_range == []
+    assert found.aug.get_transform(np.zeros((18, 36, 3), np.uint8)).apply_image(
+        np.zeros((18, 36, 3), np.uint8)
+    ).shape == (9, 18, 3)
 
 
 def test_weights_that_do_not_fit_are_not_drawn(tmp_path, tiny_cfg, tiny_shapes):

@@ -13,7 +13,7 @@ import yaml
 from conftest import ROOT
 from detectron2.config import CfgNode
 
-from wsbcn_d2 import Predictor, get_cfg, model_zoo
+from wsbcn_d2 import Predictor, get_cfg, model_zoo, safe_yaml
 from wsbcn_d2.config import UsageError, load_config
 
 GOOD = ROOT / "configs/shapes/mask_rcnn_R_18_FPN_gn.yaml"
@@ -240,6 +240,51 @@ def test_what_is_legitimate_is_read_as_before(tmp_path):
     again.merge_from_file(dumped)
     assert yaml.safe_load(again.dump()) == yaml.safe_load(cfg.dump()) and isinstance(again, CfgNode)
     assert yaml.safe_load(cfg.dump())["SEED"] == 1
+
+
+def test_whose_config_it_is_is_told_by_where_it_lies(marker, tmp_path, monkeypatch):
+    """A link to one of Detectron2's own is its own; one within its folder to another's is not."""
+    from detectron2 import model_zoo as zoo
+
+    (tmp_path / "base.yaml").symlink_to(zoo.get_config_file("Base-RetinaNet.yaml"))
+    cfg = get_cfg()
+    cfg.merge_from_file(str(tmp_path / "base.yaml"))
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES[0][1] == 32 * 2 ** (1 / 3)
+    folder = tmp_path / "detectron2"
+    folder.mkdir()
+    monkeypatch.setattr(safe_yaml, "_DETECTRON2", os.path.join(os.path.realpath(folder), ""))
+    evil = write(tmp_path / "evil.yaml", ATTACKS["apply"], marker=marker)
+    (folder / "good.yaml").symlink_to(evil)
+    refused(str(folder / "good.yaml"), "runs no code")
+    (tmp_path / "detectron2-other").mkdir()
+    evil = write(tmp_path / "detectron2-other" / "a.yaml", ATTACKS["apply"], marker=marker)
+    refused(evil, "runs no code")
+
+
+@pytest.mark.parametrize("more, refusal", [(0, None), (1, "more than 1048576 characters")])
+def test_the_largest_config(more, refusal, tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("SEED: 3\n#" + "x" * (2**20 - 9 + more))
+    if refusal:
+        refused(str(path), refusal)
+    else:
+        assert load_config(str(path)).SEED == 3
+
+
+def test_the_deepest_and_the_fullest_config(tmp_path):
+    """50 levels, and 100,000 values with what aliases repeat."""
+    texts = {"X: " + "[" * n + "]" * n: n <= 50 for n in (50, 51)}
+    thousand = f"[{', '.join('1' * 999)}]"  # and the list itself
+    for more in (994, 995):  # 1 + 3 keys + 1,000 + 98,001 + a list of so many
+        lines = [f"a: &a {thousand}", f"b: [{', '.join(['*a'] * 98)}]", f"c: [{'1, ' * more}]"]
+        texts["\n".join(lines)] = more == 994
+    for text, fits in texts.items():
+        (tmp_path / "a.yaml").write_text(text)
+        if fits:
+            assert safe_yaml.read_yaml(str(tmp_path / "a.yaml"))
+        else:
+            with pytest.raises(ValueError, match="more than 100000 values or 50 levels"):
+                safe_yaml.read_yaml(str(tmp_path / "a.yaml"))
 
 
 def test_detectron2s_own_configs_may_compute():

@@ -75,6 +75,31 @@ def test_the_same_outputs(norm, dtype, rtol):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_folding_rounds_once():
+    """float32 numbers of a batch norm, put together in float64."""
+    norm = BatchChannelNorm2d(64, 4)
+    conv = Conv2d(8, 64, 3, bias=True, norm=norm)
+    with torch.no_grad():
+        for value in (*norm.bn.parameters(), norm.bn.running_mean):
+            value.normal_()
+        norm.bn.running_var.copy_(10 ** torch.linspace(-7, 1, 64))
+    folded = fold(nn.Sequential(conv))[0]
+    scale = (norm.bn.running_var.double() + norm.bn.eps).rsqrt() * norm.bn.weight.double()
+    bias = norm.bn.bias.double() - norm.bn.running_mean.double() * scale
+    bias += conv.bias.double() * scale
+    weight = conv.weight.double() * scale.view(-1, 1, 1, 1)
+    assert torch.equal(folded.weight, weight.float()) and torch.equal(folded.bias, bias.float())
+
+
+def test_the_epsilons_of_both_halves_are_kept():
+    norm = BatchChannelNorm2d(8, 4, eps=0.3)
+    norm.bn.eps = 0.1
+    conv = WSConv2d(3, 8, 3, norm=norm, ws_eps=0.2)
+    model = train_a_little(nn.Sequential(conv)).double()
+    with torch.no_grad():
+        assert_close(outputs(fold(model), torch.float64), outputs(model, torch.float64))
+
+
 def test_a_frozen_stage():
     model = train_a_little(backbone("BCN"))
     model.bottom_up.freeze(2)
