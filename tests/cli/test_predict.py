@@ -14,8 +14,8 @@ from pycocotools.coco import COCO
 
 from wsbcn_d2 import Predictor
 from wsbcn_d2.checkpoint import WSBCNCheckpointer
-from wsbcn_d2.cli.predict import main
-from wsbcn_d2.engine import load_config
+from wsbcn_d2.cli.predict import find_sources, main
+from wsbcn_d2.engine import UsageError, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,6 +85,67 @@ def test_folders_and_patterns_keep_names_and_a_folded_model_finds_the_same(run, 
     assert {n: numbered[n] for n in names} == {
         "a.jpg": 1, "below/a.jpg": 2, "below/b.png": 3, "b.png": 4
     }  # fmt: skip
+
+
+def test_a_film_keeps_its_colours(run, tmp_path):
+    import cv2
+
+    film = str(tmp_path / "blue.avi")
+    writer = cv2.VideoWriter(film, cv2.VideoWriter_fourcc(*"MJPG"), 12.5, (80, 64))
+    for _ in range(2):
+        writer.write(np.full((64, 80, 3), (230, 60, 20), np.uint8))  # OpenCV's order
+    writer.release()
+    words = ["--weights", str(run / "model_final.pth"), "--threshold", "1", film]
+    assert main([*words, "--output", str(tmp_path / "out")]) == 0
+    drawn = cv2.VideoCapture(str(tmp_path / "out" / "blue.mp4"))
+    assert drawn.get(cv2.CAP_PROP_FPS) == 12.5
+    assert drawn.read()[1].mean((0, 1)) == pytest.approx((230, 60, 20), abs=12)
+
+
+def test_a_picture_keeps_its_colours(run, tmp_path):
+    Image.new("RGB", (80, 64), (230, 60, 20)).save(tmp_path / "red.png")
+    words = ["--weights", str(run / "model_final.pth"), "--threshold", "1"]
+    words += [str(tmp_path / "red.png"), "--output", str(tmp_path / "out")]
+    assert main(words) == 0
+    drawn = np.asarray(Image.open(tmp_path / "out" / "red.png").convert("RGB"))
+    assert np.array_equal(drawn, np.full((64, 80, 3), (230, 60, 20)))
+
+
+def test_pictures_of_one_name_have_a_number_each(tmp_path):
+    paths = [str(picture(tmp_path / folder / "a.png")) for folder in ("x", "y", "z")]
+    paths.insert(2, str(picture(tmp_path / "x" / "a_2.png")))
+    found = find_sources(paths, str(tmp_path / "out"))
+    assert [source.path for source in found] == paths
+    assert [source.name for source in found] == ["a.png", "a_2.png", "a_2_2.png", "a_3.png"]
+    assert [source.is_video or source.deep for source in found] == [False] * 4
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ([], (0.5, False, [])),
+        (["--threshold", "0.25", "--fold"], (0.25, True, [])),
+        (["--device", "cpu"], (0.5, False, ["MODEL.DEVICE", "cpu"])),
+        (["--device", "cpu", "--config-file", "a.py"], (0.5, False, ["train.device=cpu"])),
+        (["--opts", "SEED", "3"], (0.5, False, ["SEED", "3"])),
+    ],
+)
+def test_what_is_asked_of_the_predictor(words, expected, tmp_path, monkeypatch):
+    asked = []
+
+    def from_checkpoint(weights, **options):
+        asked.append((weights, options))
+        raise UsageError("enough")
+
+    monkeypatch.setattr(Predictor, "from_checkpoint", from_checkpoint)
+    path = str(picture(tmp_path / "p.png"))
+    command = [path, "--weights", "w.pth", "--output", str(tmp_path / "out")]
+    assert main([*command, *words]) == 2
+    ((weights, options),) = asked
+    assert weights == "w.pth"
+    assert options.pop("config_file") == ("a.py" if "a.py" in words else None)
+    threshold, fold, opts = expected
+    assert options == {"threshold": threshold, "fold": fold, "opts": opts}
 
 
 def test_a_video(run, tmp_path):

@@ -190,6 +190,11 @@ def test_top_k():
         evaluator.process([{"label": label}], [{"pred_classes": torch.tensor(classes)}])
     assert evaluator.evaluate() == {"classification": {"top1": 25.0, "top5": 75.0}}
     evaluator.reset()
+    for label in range(7):  # the sixth and seventh places are beyond
+        evaluator.process([{"label": label}], [{"pred_classes": torch.arange(7)}])
+    found = evaluator.evaluate()["classification"]
+    assert found == {"top1": pytest.approx(100 / 7), "top5": pytest.approx(500 / 7)}
+    evaluator.reset()
     with pytest.raises(ValueError, match="'some': no image"):
         evaluator.evaluate()
 

@@ -78,6 +78,12 @@ def check(norm, x, mean, var, dtype, groups=GROUPS):
 # Values and gradients.
 
 
+@kinds
+def test_both_halves_have_the_eps_that_is_given(statistics):
+    norm = make(statistics, eps=0.25)
+    assert norm.eps == norm.bn.eps == 0.25
+
+
 @pytest.mark.parametrize("dtype", [torch.double, torch.float])
 @pytest.mark.parametrize("rate", [0.01, 0.4])
 @pytest.mark.parametrize("eps", [1e-5, 0.3])

@@ -457,6 +457,11 @@ def test_what_is_kept_is_bounded_and_goes_with_the_step(mode):
     assert histories(model) == [1, 1, 1]
 
 
+def test_so_many_runs_are_kept():
+    """Two estimates and two moments for each channel of each: what a user's memory pays."""
+    assert recomputation.KEPT == 64
+
+
 def test_more_runs_than_are_kept_warn():
     model = nn.Sequential(BatchChannelNorm2d(8, 4)).double()
     ys = [

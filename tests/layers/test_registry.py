@@ -18,6 +18,7 @@ from wsbcn_d2 import (
     register_norms,
     unregister_norms,
 )
+from wsbcn_d2.layers import bcn_groups
 
 # Loaded for their imports of get_norm alone; those that a Detectron2 lacks are left out.
 HOLDERS = [
@@ -130,6 +131,19 @@ def test_the_names():
         assert (norm.num_channels, norm.num_groups) == (64, 32)
     norm = get_norm("EstBN", 7)
     assert type(norm) is EstimatedBatchNorm2d and norm.num_features == 7
+
+
+@pytest.mark.parametrize("name", ["BCN", "BatchBCN", "SyncBCN"])
+def test_the_groups_of_a_config_are_every_kinds(name):
+    get_norm = detectron2.layers.get_norm
+    with bcn_groups(8):
+        assert get_norm(name, 64).num_groups == 8
+        with bcn_groups("auto"):
+            assert get_norm(name, 48).num_groups == 24
+        with bcn_groups(None):
+            assert get_norm(name, 64).num_groups == 32
+        assert get_norm(name, 64).num_groups == 8
+    assert get_norm(name, 64).num_groups == 32
 
 
 def test_stock_names_keep_their_meaning():

@@ -87,6 +87,13 @@ def test_half_precision_weights_are_normalized_in_float32(dtype):
     assert_close(actual.double(), expected, atol=2e-4, rtol=2e-2)
 
 
+@pytest.mark.parametrize("kind", ["ws", "wn", "cwn"])
+def test_options_of_a_conversion_reach_the_convolutions(kind):
+    conv = Conv2d(3, 4, 3, norm=nn.GroupNorm(2, 4))
+    convert_convs(conv, kind=kind, formula="biased", eps=0.125)
+    assert conv.ws_eps == 0.125 and conv.ws_formula == ("biased" if kind == "ws" else kind)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "kwargs",

@@ -177,6 +177,23 @@ def test_cifar_resnet(depth, classifier_cfg):
     assert shapes == [(32, 32, 32), (64, 16, 16), (128, 8, 8)]
 
 
+@pytest.mark.parametrize("freeze_at", [0, 1, 2, 3, 4])
+def test_stages_of_a_cifar_resnet_are_frozen(freeze_at, classifier_cfg):
+    cfg = classifier_cfg(
+        *("MODEL.RESNETS.DEPTH", 8, "MODEL.BACKBONE.FREEZE_AT", freeze_at),
+        name="CIFAR-Classification/cifar10_R_110_bcn_ws",
+    )
+    backbone = build_backbone(cfg)
+    trained = {name.split(".")[0] for name, p in backbone.named_parameters() if p.requires_grad}
+    assert trained == set(["stem", "res2", "res3", "res4"][freeze_at:])
+
+
+def test_pixel_statistics_are_the_configs_and_not_the_checkpoints(classifier_cfg):
+    model = build_model(classifier_cfg("MODEL.PIXEL_MEAN", [1.0, 2.0, 3.0]))
+    assert model.pixel_mean.flatten().tolist() == [1.0, 2.0, 3.0]
+    assert not {"pixel_mean", "pixel_std"} & set(model.state_dict())
+
+
 @pytest.mark.parametrize("depth", [2, 18])
 def test_cifar_resnet_refuses_other_depths(depth, classifier_cfg):
     cfg = classifier_cfg(

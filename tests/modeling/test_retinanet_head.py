@@ -1,6 +1,7 @@
 """The convolutions that all levels share standardize their weights once in a forward."""
 
 import contextlib
+import logging
 
 import pytest
 import torch
@@ -32,6 +33,15 @@ def run(head, features):
     outputs = [y for kind in head(features) for y in kind]
     sum(y.square().sum() for y in outputs).backward()
     return [*outputs, *(parameter.grad for parameter in head.parameters())]
+
+
+@pytest.mark.parametrize("norm, levels", [("GN", 0), ("BN", 0), ("BCN", 1), ("EstBN", 1)])
+def test_estimates_that_levels_share_are_warned_of(norm, levels, caplog):
+    shapes = [ShapeSpec(channels=32, stride=8)] * len(LEVELS)
+    with caplog.at_level(logging.WARNING, logger="wsbcn_d2"):
+        WSRetinaNetHead(norm=norm, input_shape=shapes, num_classes=3, num_anchors=1, conv_dims=[32])
+    said = [r.getMessage() for r in caplog.records if r.name.startswith("wsbcn_d2")]
+    assert len(said) == levels and all(f"{norm!r} in the RetinaNet head mix" in s for s in said)
 
 
 def test_once_each(head, features, monkeypatch):

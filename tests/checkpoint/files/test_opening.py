@@ -17,6 +17,7 @@ import torch
 from wsbcn_d2.checkpoint import CheckpointError, Options, convert, convert_file, read_checkpoint
 from wsbcn_d2.checkpoint.files.archives import unpickled
 from wsbcn_d2.checkpoint.files.opening import check_head
+from wsbcn_d2.cli import convert as convert_command
 from wsbcn_d2.cli.convert import main
 
 from .. import source_models as src
@@ -381,6 +382,40 @@ def run_tool(capsys, *args):
     except SystemExit as stop:
         status = stop.code
     return status, *capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ([], {}),
+        (["--to", "c4"], {"target": "c4"}),
+        (["--format", "mmdet"], {"format": "mmdet"}),
+        (["--norm", "BN"], {"norm": "BN"}),
+        (["--formula", "biased"], {"formula": "biased"}),
+    ],
+)
+@pytest.mark.parametrize("target", [None, "b.pth"])
+def test_what_is_asked_of_the_conversion(words, expected, target, monkeypatch, capsys):
+    asked = []
+
+    class Report:
+        def lines(self):
+            return ["one", "two"]
+
+    monkeypatch.setattr(convert_command, "convert_file", lambda *a: asked.append(a) or Report())
+    status, said, _ = run_tool(capsys, "a.pth", *[target] * bool(target), *words)
+    assert status == 0 and asked == [("a.pth", target, Options(**expected))]
+    assert said == "one\ntwo\n" + "written       b.pth\n" * bool(target)
+
+
+def test_a_file_is_not_converted_onto_itself(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(convert_command, "convert_file", lambda *a: pytest.fail("converted"))
+    path, link = tmp_path / "a.pth", tmp_path / "b.pth"
+    path.write_bytes(b"x")
+    link.symlink_to(path)
+    for target in (path, link, tmp_path / "." / "a.pth"):
+        status, _, error = run_tool(capsys, path, target)
+        assert status == 2 and "source and target are the same file" in error
 
 
 @pytest.mark.slow

@@ -59,6 +59,59 @@ def test_a_build_is_kept_and_used_again(fresh, monkeypatch):
     assert len(list(fresh.iterdir())) == 2
 
 
+@pytest.mark.parametrize(
+    "mode, loads", [(0o700, True), (0o755, True), (0o720, False), (0o702, False)]
+)
+def test_a_folder_that_others_may_write_is_not_loaded_from(fresh, mode, loads):
+    fresh.mkdir()
+    fresh.chmod(mode)
+    if loads:
+        assert build._cache_folder() == fresh
+    else:
+        with pytest.raises(OSError, match="can be written by others"):
+            build._cache_folder()
+
+
+def test_what_a_build_is_kept_by(fresh, monkeypatch, tmp_path):
+    """Source, headers, compiler, its version, flags, machine and processor: each makes another."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.setattr(build, "_HERE", folder)
+    source, header = folder / "a.cpp", folder / "a.h"
+    source.write_text("int a;"), header.write_text("int b;")
+
+    def compiler(name, version):
+        path = tmp_path / name
+        lines = [f'if [ "$1" = --version ]; then echo {version}; exit; fi']
+        lines += ['while [ "$1" != -o ]; do shift; done', 'touch "$2"']
+        path.write_text("\n".join(["#!/bin/sh", *lines]) + "\n")
+        path.chmod(0o755)
+        monkeypatch.setenv("CXX", str(path))
+
+    def built(*flags):
+        path = build._build(source, flags)
+        assert path.is_file() and path.parent == fresh and path.name.startswith("a-")
+        return path.name
+
+    compiler("one", "1.0")
+    names = [built("-O2"), built("-O3"), built("-O2", "-g")]
+    assert built("-O2") == names[0]
+    compiler("one", "2.0")
+    names.append(built("-O2"))
+    compiler("two", "1.0")
+    names.append(built("-O2"))
+    for name in ("machine", "processor"):
+        with monkeypatch.context() as patch:
+            where = build.platform if name == "machine" else build
+            patch.setattr(where, "machine" if name == "machine" else "_processor", lambda: "other")
+            names.append(built("-O2"))
+    header.write_text("int c;")
+    names.append(built("-O2"))
+    source.write_text("int d;")
+    names.append(built("-O2"))
+    assert len(set(names)) == len(names) == len(list(fresh.iterdir()))
+
+
 def _homeless():
     raise RuntimeError("no home directory")
 
