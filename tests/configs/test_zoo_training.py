@@ -255,6 +255,7 @@ def test_tool_trains_resumes_and_evaluates(tool, tiny_shapes, tmp_path, monkeypa
     assert (tmp_path / "config.yaml").is_file() and final.is_file()
     assert _run(tool, monkeypatch, "--resume", *arguments, "train.max_iter=2") == 0
     assert torch.load(final, weights_only=False)["iteration"] == 7  # eight steps in all, not twelve
+    assert "Starting training from iteration 4\n" in (tmp_path / "log.txt").read_text()
     arguments += [f"train.init_checkpoint={final}"]
     assert _run(tool, monkeypatch, "--eval-only", *arguments) == 0
     assert not any(line.startswith("error") for line in capsys.readouterr().err.splitlines())

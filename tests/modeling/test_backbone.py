@@ -127,6 +127,17 @@ def test_stages_from_arguments_are_those_of_a_config(depth, wanted):
         assert [type(block) for block in stage] == [type(block) for block in expected]
 
 
+def test_the_stride_of_stages_is_in_the_3x3_unless_asked_for():
+    for options, first in (
+        ({}, False),
+        ({"stride_in_1x1": False}, False),
+        ({"stride_in_1x1": True}, True),
+    ):
+        block = make_resnet_stages(50, norm="GN", **options)[1][0]
+        strides = [getattr(block, name).stride for name in ("conv1", "conv2", "conv3", "shortcut")]
+        assert strides == [(1 + first,) * 2, (2 - first,) * 2, (1, 1), (2, 2)]
+
+
 def shapes(module):
     convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
     return [(m.weight.shape, m.stride, m.groups, m.padding, m.dilation) for m in convs]
