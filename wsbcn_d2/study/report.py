@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..files import replacing
-from .pairs import compare_pairs, pairs_csv, pairs_markdown, pairs_table
+from .pairs import compare_pairs, pairs_csv, pairs_table
 from .plots import make_figures, save_figures, showcase
-from .summary import differences, group, runs_csv, summarize, summary_csv, table, to_markdown
+from .summary import differences, group, markdown, runs_csv, summarize, summary_csv, table
 
 __all__ = ["write_report"]
 
@@ -197,9 +197,9 @@ def write_report(
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
         f"<body>\n{''.join(parts)}</body></html>\n"
     )
-    files = {"results.md": to_markdown(rows), "results.csv": summary_csv(rows)}
+    files = {"results.md": markdown(*table(rows)), "results.csv": summary_csv(rows)}
     if pairs:
-        files["results.md"] += f"\n{pairs_markdown(pairs)}"
+        files["results.md"] += f"\n{markdown(*pairs_table(pairs))}"
         files["pairs.csv"] = pairs_csv(pairs)
     for name, text in {**files, "runs.csv": runs_csv(records), "report.html": page}.items():
         with replacing(root / name) as part:
