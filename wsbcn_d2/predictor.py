@@ -21,13 +21,14 @@ from .config import WRONG_MODEL, UsageError, load_config, one_line, refusing
 from .data.picture_range import read_picture
 from .engine.from_config import expectation
 from .engine.lazy import load_lazy_config
+from .engine.processes import is_python
 from .folding import fold as folded
 from .safe_yaml import read_yaml
 
 if TYPE_CHECKING:  # its import needs OpenCV, prediction does not
     from detectron2.utils.visualizer import VisImage
 
-__all__ = ["Predictor", "draw_predictions", "is_lazy"]
+__all__ = ["Predictor", "draw_predictions"]
 
 
 class Predictor(DefaultPredictor):
@@ -116,11 +117,10 @@ class Predictor(DefaultPredictor):
         file, _ = split_options(path)
         if "://" not in file and not os.path.isfile(file):
             raise UsageError(f"checkpoint {file!r} not found: check its path")
-        if config_file is not None and is_lazy(config_file):
-            opts = [*opts, f"train.init_checkpoint={path!r}"]
-            cfg = load_lazy_config(os.fspath(config_file), opts)
+        config_file = _config_beside(file) if config_file is None else os.fspath(config_file)
+        if is_python(config_file):
+            cfg = load_lazy_config(config_file, [*opts, f"train.init_checkpoint={path!r}"])
         else:
-            config_file = _config_beside(file) if config_file is None else os.fspath(config_file)
             cfg = load_config(config_file, [*opts, "MODEL.WEIGHTS", path])
         try:
             predictor = cls(cfg, fold=fold)
@@ -214,15 +214,6 @@ class _Sequence(T.AugmentationList):
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         return self(T.AugInput(image))
-
-
-def is_lazy(config_file: str | os.PathLike) -> bool:
-    """Whether a config is a Python one, or the YAML that a run of such a one has saved."""
-    path = os.fspath(config_file)
-    try:
-        return path.endswith(".py") or "model" in read_yaml(path)
-    except (OSError, ValueError):
-        return False  # refused, with its reason, where it is read
 
 
 def _config_beside(weights: str) -> str:

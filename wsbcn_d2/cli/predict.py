@@ -33,9 +33,9 @@ from PIL import Image
 from ..config import one_line, refusing
 from ..data.picture_range import is_deep
 from ..engine import UsageError
-from ..engine.processes import one_line_errors
+from ..engine.processes import is_python, one_line_errors
 from ..files import progress, replacing
-from ..predictor import Predictor, is_lazy
+from ..predictor import Predictor
 
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     setup_logger(name="wsbcn_d2")
     opts = list(args.opts)
     if args.device:
-        lazy = args.config_file is not None and is_lazy(args.config_file)
+        lazy = args.config_file and is_python(args.config_file)
         opts += [f"train.device={args.device}"] if lazy else ["MODEL.DEVICE", args.device]
     predictor = Predictor.from_checkpoint(
         args.weights,
