@@ -3,7 +3,6 @@
 import io
 import itertools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 from .stats import mean_interval
 from .summary import group, summarize, task_label, tasks_of
 
-__all__ = ["make_figures", "png_bytes", "save_figures", "showcase"]
+__all__ = ["make_figures", "png_bytes", "showcase"]
 
 # Distinguishable with colour-blind eyes (Okabe and Ito), and a dash pattern beyond them.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
@@ -212,17 +211,8 @@ def make_figures(records: Sequence[dict]) -> dict[str, Figure]:
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def png_bytes(figure: Figure, dpi: int = 90) -> bytes:
+def png_bytes(figure: Figure) -> bytes:
     """The figure as a PNG file's contents; without date, so that equal data gives equal bytes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=90, metadata={"Software": None})
     return buffer.getvalue()
-
-
-def save_figures(figures: dict[str, Figure], folder: Path) -> dict[str, bytes]:
-    """Write each figure as ``folder/<name>.png``; returns the files' contents by name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    contents = {name: png_bytes(figure) for name, figure in figures.items()}
-    for name, content in contents.items():
-        (folder / f"{name}.png").write_bytes(content)
-    return contents
