@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from cycler import cycler
 from matplotlib.figure import Figure
 
 from .stats import mean_interval
@@ -13,8 +14,9 @@ from .summary import group, summarize, task_label, tasks_of
 __all__ = ["make_figures", "png_bytes", "showcase"]
 
 # Distinguishable with colour-blind eyes (Okabe and Ito), and a dash pattern beyond them.
-_COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
-_DASHES = ("-", "--", ":")
+_LOOKS = cycler(linestyle=("-", "--", ":")) * cycler(
+    color=("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+)
 _QUANTITIES = {
     "inactive": "share of inactive channels",
     "shift": "|mean| / std of a channel",
@@ -23,9 +25,8 @@ _QUANTITIES = {
 
 
 def _styles(records: Sequence[dict]) -> dict[str, dict]:
-    variants = list(dict.fromkeys(record["variant"] for record in records))
-    looks = zip(variants, itertools.cycle(itertools.product(_DASHES, _COLORS)), strict=False)
-    return {variant: {"color": color, "linestyle": dash} for variant, (dash, color) in looks}
+    variants = dict.fromkeys(record["variant"] for record in records)
+    return dict(zip(variants, _LOOKS(), strict=False))
 
 
 def _text(label: str) -> str:
