@@ -12,7 +12,7 @@ import argparse
 import sys
 
 from wsbcn_d2.config import refusing
-from wsbcn_d2.data.checks import cut_off, look_at, summarize
+from wsbcn_d2.data.checks import look_at, summarize
 from wsbcn_d2.data.drawing import draw_some
 from wsbcn_d2.engine.processes import one_line_errors
 
@@ -41,8 +41,12 @@ def cli() -> int:
     for note in found.notes:
         print(f"note: {note}")
     faults = [str(fault) for fault in found.serious()]
-    if text := cut_off(found.facts, args.picture_range):
-        faults.append(f"{text} (here --picture-range)")
+    if found.facts.get("deep") and not args.picture_range:
+        low, high = found.facts["deep_range"]
+        faults.append(
+            f"{found.facts['deep']} pictures of more than 8 bits ({found.facts['first_deep'][0]}, "
+            f"values {low:g} to {high:g}): set INPUT.PICTURE_RANGE, here --picture-range"
+        )
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
     if faults:

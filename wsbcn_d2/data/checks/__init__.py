@@ -5,8 +5,8 @@ found against the config, ``memory`` keeps what was found good.
 """
 
 from .findings import Fault, Findings
-from .fit import Wanted, check_sets, cut_off
+from .fit import Wanted, check_sets
 from .look import look_at
 from .summary import summarize
 
-__all__ = ["Fault", "Findings", "Wanted", "check_sets", "cut_off", "look_at", "summarize"]
+__all__ = ["Fault", "Findings", "Wanted", "check_sets", "look_at", "summarize"]

@@ -13,7 +13,7 @@ from . import memory
 from .findings import Findings
 from .look import look_at
 
-__all__ = ["Wanted", "check_sets", "cut_off"]
+__all__ = ["Wanted", "check_sets"]
 
 
 @dataclass(frozen=True)
@@ -106,22 +106,15 @@ def _check_one(name: str, facts: dict, wanted: Wanted, *, train: bool) -> None:
             f"{facts['rle']} masks are run lengths (annotation {facts['first_rle']}): set "
             f"{wanted.format_key} to bitmask"
         )
-    if text := cut_off(facts, wanted.picture_range):
-        refuse(text)
+    if facts["deep"] and not wanted.picture_range:
+        (file, mode), (low, high) = facts["first_deep"], facts["deep_range"]
+        refuse(
+            f"{facts['deep']} pictures of more than 8 bits ({file}, {mode}, values {low:g} to "
+            f"{high:g}) would be cut at 255: set INPUT.PICTURE_RANGE to the values that become "
+            "black and white, such as [0, 4095]"
+        )
     if wanted.keypoints:
         _check_keypoints(facts, wanted, refuse)
-
-
-def cut_off(facts: dict, picture_range: Sequence[float]) -> str:
-    """The fault of pictures of more than 8 bits without a range; empty where all is well."""
-    if not facts.get("deep") or picture_range:
-        return ""
-    (file, mode), (low, high) = facts["first_deep"], facts["deep_range"]
-    return (
-        f"{facts['deep']} pictures of more than 8 bits ({file}, {mode}, values {low:g} to "
-        f"{high:g}) would be cut at 255: set INPUT.PICTURE_RANGE to the values that become black "
-        "and white, such as [0, 4095]"
-    )
 
 
 def _check_keypoints(facts: dict, wanted: Wanted, refuse) -> None:
