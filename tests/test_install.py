@@ -116,6 +116,20 @@ def test_the_real_tree_is_patched_in_these_lines_alone(tree):
     assert not [name for name, text in after.items() if OLD.search(text)]
 
 
+@pytest.mark.parametrize("count, refused", [(0, True), (1, True), (2, False), (3, True)])
+def test_a_patch_is_for_so_many_places(tmp_path, count, refused):
+    (tmp_path / "detectron2").mkdir()
+    file = tmp_path / "detectron2" / "a.py"
+    file.write_text("old\n" * count)
+    if refused:
+        with pytest.raises(InstallError, match=f"a.py: expected 2 x 'old', found {count};"):
+            wheel.patch_tree(tmp_path, patches=[("a.py", "old", "new", 2)])
+        assert not (tmp_path / "detectron2" / "_C.py").exists()
+    else:
+        wheel.patch_tree(tmp_path, patches=[("a.py", "old", "new", 2)])
+        assert file.read_text() == wheel.NOTICE + "new\nnew\n"
+
+
 @pytest.mark.parametrize("text", ["something else\n", None])
 def test_patch_of_unexpected_text_names_the_file(tree, text):
     target = tree / "detectron2/utils/visualizer.py"
@@ -407,6 +421,41 @@ def test_nothing_to_do_where_detectron2_imports(capsys, monkeypatch):
     monkeypatch.setattr(installer, "install", lambda *a: pytest.fail("installed again"))
     assert installer.main([]) == 0
     assert capsys.readouterr().out.startswith("already installed: Detectron2 ")
+
+
+@pytest.mark.parametrize(
+    "said, expected",
+    [
+        ((True, "0.6|/d2/_C.cpython-311.so|/d2"), "Detectron2 0.6, compiled (/d2)"),
+        (
+            (True, "0.6|/d2/_C.py|/d2"),
+            f"Detectron2 0.6, pure Python: {installer.LACKS} (/d2)",
+        ),
+        ((True, "0.6||/d2"), f"Detectron2 0.6, pure Python: {installer.LACKS} (/d2)"),
+        ((False, "No module named 'detectron2'"), None),
+    ],
+)
+def test_what_is_installed_is_said(said, expected, monkeypatch):
+    monkeypatch.setattr(installer, "python", lambda code: said)
+    assert installer.describe() == expected
+
+
+def test_code_is_tried_away_from_the_checkout(monkeypatch):
+    """Where a folder named detectron2 or torch would be imported."""
+    monkeypatch.chdir(ROOT)
+    ok, folder = installer.python("import os; print('x'); print(os.getcwd())")
+    assert ok and os.path.samefile(folder, tempfile.gettempdir())
+    assert installer.python("raise ValueError('no')") == (False, "ValueError: no")
+
+
+@pytest.mark.parametrize(
+    "version, problem",
+    [("2.11.0a0+git1", None), ("2.10.0", None), ("2.9.1", "is needed, 2.9.1 is")],
+)
+def test_torch_of_the_night_serves_too(version, problem, monkeypatch):
+    monkeypatch.setattr(env_check.metadata, "version", lambda name: version)
+    found = env_check.problem("torch>=2.10")
+    assert found is None if problem is None else problem in found
 
 
 def test_env_check_reads_setup_and_judges_versions(tmp_path):

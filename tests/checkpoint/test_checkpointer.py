@@ -182,6 +182,12 @@ def test_how_different_numbers_are_told_apart(tmp_path, caplog):
         assert all(key in text for key, text in zip(expected, said, strict=True))
 
 
+def test_an_epsilon_that_nothing_uses_is_not_warned_of(tmp_path, caplog):
+    path = save(tmp_path / "a.pth", weights(), meta(ws_formula="none", ws_eps=1e-3))
+    expected = LoadExpectation(ws_formula="none", norm="BCN", ws_eps=1e-5)
+    assert warned(caplog, model(formula="none"), path, expected=expected) == []
+
+
 def test_expectation_from_cfg_and_from_model():
     cfg = small("SyncBCN", "biased")
     cfg.MODEL.WS.EPS = 1e-4

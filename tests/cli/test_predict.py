@@ -205,7 +205,9 @@ WRONG = {
         lambda run: (run / "config.yaml").write_text("a: !!python/object/apply:os.abort []"),
         ["p.png"], "could not determine a constructor"),
     "a config with a base": (
-        lambda run: (run / "config.yaml").write_text("_BASE_: other.yaml"), ["p.png"], "_BASE_"),
+        lambda run: ((run / "config.yaml").rename(run / "other.yaml"),
+                     (run / "config.yaml").write_text("_BASE_: other.yaml")),
+        ["p.png"], "is no whole config, it has a _BASE_"),
     "a Python config": (
         lambda run: (run / "config.yaml").write_text("model: {_target_: os.abort}"), ["p.png"],
         "which is code"),

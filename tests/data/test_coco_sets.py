@@ -2,23 +2,27 @@
 
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from coco_sets import SIZES, a_set, runs, write
 from conftest import ROOT, TINY
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
 from PIL import Image
 from pycocotools import mask as mask_util
 
 from wsbcn_d2.cli.predict import main as predict
 from wsbcn_d2.data import DataError, RangeMapper, read_picture, register_coco_sets
-from wsbcn_d2.data.checks import look, look_at, memory
+from wsbcn_d2.data.checks import Wanted, check_sets, look, look_at, memory
 from wsbcn_d2.data.checks.annotations import check_content
 from wsbcn_d2.data.checks.findings import Findings
 from wsbcn_d2.data.checks.masks import _sum_of_runs, _unpack
@@ -671,6 +675,90 @@ def test_sizes_are_those_of_coco():
 
 
 @pytest.mark.parametrize("place, side", [(0, "width"), (1, "height")])
+def test_a_box_outside_its_picture(place, side):
+    """Its corner lies beyond the last pixel, or all of it before the first."""
+    content = a_set()
+    size = content["images"][0][side]
+    for start, length, outside in (
+        *((size - 1, 5, False), (size, 5, True), (-9, 9, False), (-9.5, 9, True)),
+    ):
+        box = [5, 5, 20, 20]
+        box[place], box[place + 2] = start, length
+        content["annotations"][0]["bbox"] = box
+        faults = [fault.what for fault in looked_at(content).serious()]
+        assert faults == ["box outside its picture"] * outside
+
+
+@pytest.mark.parametrize("side", ["width", "height"])
+@pytest.mark.parametrize("value, whole", [(1, True), (0, False), (-3, False), (7.0, False)])
+def test_sides_are_positive_and_whole(side, value, whole):
+    content = a_set()
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] > 1]
+    content["images"][0][side] = value
+    faults = [fault.what for fault in looked_at(content).serious()]
+    assert faults == ["image without height and width"] * (not whole)
+
+
+def test_every_note_of_a_set(tmp_path):
+    """What is odd is said once a kind, and is no fault."""
+    content = a_set()
+    with_an_idle_class(content, None)
+    listed_twice(content, None)
+    content["annotations"][-1]["category_id"] = 2
+    entry = write(tmp_path / "data", content)
+    folder = tmp_path / "data" / "set"
+    turned_and_listed_so(content, folder)
+    frames = [Image.new("RGB", SIZES[1], (90 * i, 0, 0)) for i in range(3)]
+    frames[0].save(folder / "1.png", "GIF", save_all=True, append_images=frames[1:])
+    colour = cv2.imencode(".png", np.zeros((*SIZES[2][::-1], 3), np.uint16))[1]
+    (folder / "2.png").write_bytes(colour.tobytes())
+    assert look_at(entry["JSON"], entry["IMAGES"]).notes == [
+        "1 pictures are listed more than once, first '0.png'",
+        "1 classes have no object, first 'round'",
+        "2 pictures: turned by EXIF, and listed with the size that is seen then",
+        "1 pictures: of several frames, of which the first is used",
+        "1 pictures: colour of 16 bits, of which the upper 8 are used",
+    ]
+
+
+@pytest.mark.parametrize("classes, said", [(2, 0), (3, 1)])
+def test_classes_that_are_never_seen_are_said(classes, said, tmp_path, caplog):
+    entry = write(tmp_path, a_set())
+    register_coco_sets([entry])
+    with caplog.at_level(logging.WARNING, logger="wsbcn_d2"):
+        check_sets(["test_set"], [], Wanted(classes=classes, classes_key="KEY"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "data set 'test_set': the model has 3 classes and the data 2: the others are never seen "
+        "(KEY)"
+    ] * said
+
+
+def test_the_first_of_several_deep_pictures_is_named(tmp_path):
+    content = a_set()
+    entry = write(tmp_path, content)
+    for i, (width, height) in enumerate(SIZES):
+        deep = np.full((height, width), 100 * (i + 3), np.uint16)
+        deep[0, 0] = i
+        Image.fromarray(deep).save(tmp_path / "set" / f"{i}.png")
+    facts = look_at(entry["JSON"], entry["IMAGES"]).facts
+    assert (facts["deep"], facts["first_deep"], facts["deep_range"]) == (
+        *(3, ["0.png", "I;16"]),
+        [0, 300],
+    )
+
+
+@pytest.mark.parametrize("role, refused", [("train", True), ("test", False)])
+def test_run_lengths_are_no_polygons_where_they_are_trained_on(role, refused, tmp_path):
+    content = a_set()
+    run_lengths(content, None)
+    register_coco_sets([write(tmp_path, content)])
+    sets = {"train": [], "test": [], role: ["test_set"]}
+    wanted = Wanted(masks=True, mask_format="polygon", format_key="KEY")
+    with pytest.raises(DataError, match="set KEY to bitmask") if refused else nullcontext():
+        check_sets(**sets, wanted=wanted)
+
+
+@pytest.mark.parametrize("place, side", [(0, "width"), (1, "height")])
 def test_a_box_may_reach_over_the_edge_by_a_pixel(place, side):
     for over, notes in ((1, []), (2, ["1 boxes reach over the picture's edge and are cut there"])):
         content = a_set()
@@ -726,6 +814,20 @@ def test_a_range_is_scaled(image_format, channels, suffix, tmp_path):
 def test_a_mapper_with_a_range_that_is_none_is_refused(limits):
     with pytest.raises(DataError, match="say the values that become black and white"):
         RangeMapper(lambda record: record, limits)
+
+
+def test_a_mapper_with_a_range_gives_its_records_their_names_back(tmp_path):
+    values = np.array([[0, 2048], [4095, 9999]], np.uint16)
+    path = str(tmp_path / "a.png")
+    Image.fromarray(values).save(path)
+
+    def mapper(record):
+        return {**record, "image": read_image(record["file_name"], "L")}
+
+    record = {"file_name": path, "image_id": 3}
+    out = RangeMapper(mapper, [0, 4095])(record)
+    assert (out["file_name"], out["image_id"]) == (path, 3) and record["file_name"] == path
+    assert out["image"][..., 0].tolist() == [[0, 128], [255, 255]]
 
 
 def test_pictures_of_8_bits_are_left_alone_by_a_range(tmp_path):
@@ -801,6 +903,15 @@ def test_epochs_are_of_the_pictures_with_enough_keypoints(least, images, tmp_pat
             schedule_by_epochs(load_config(CONFIG, options))
         return
     assert 7 * images == schedule_by_epochs(load_config(CONFIG, options)).SOLVER.MAX_ITER
+
+
+def test_another_folder_of_pictures_is_another_set(tmp_path):
+    entry, other = write(tmp_path, a_set()), write(tmp_path, a_set(), "other")
+    register_coco_sets([entry])
+    register_coco_sets([{**entry, "IMAGES": other["IMAGES"]}])
+    metadata = MetadataCatalog.get("test_set")
+    assert (metadata.json_file, metadata.image_root) == (entry["JSON"], other["IMAGES"])
+    assert Path(DatasetCatalog.get("test_set")[0]["file_name"]).parent == Path(other["IMAGES"])
 
 
 def test_a_path_that_is_here_is_not_looked_for_elsewhere(tmp_path, monkeypatch):

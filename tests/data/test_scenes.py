@@ -120,6 +120,29 @@ def test_occlusion_hides_the_object_behind():
     assert touching >= 5
 
 
+# Of each class a direction (x, y; y is downwards) and where along it the outline is crossed.
+CROSSED = {
+    "disk": [((1, 0), [1.0]), ((0.6, 0.8), [1.0])],
+    "square": [((1, 0), [0.84]), ((0, -1), [0.84]), ((1, 1), [0.84])],
+    "triangle": [((0, 1), [0.5]), ((0, -1), [1.0])],
+    "star": [((0, -1), [1.0]), ((0, 1), [0.46]), ((np.sin(np.pi / 5), -np.cos(np.pi / 5)), [0.46])],
+    "cross": [((1, 0), [1.0]), ((0, 1), [1.0]), ((1, 1), [0.34])],
+    "ring": [((1, 0), [0.5, 1.0]), ((0.6, -0.8), [0.5, 1.0])],
+}
+
+
+@pytest.mark.parametrize("name", data.CLASSES)
+def test_the_forms_of_the_classes(name):
+    category = data.CLASSES.index(name)
+    for direction, places in CROSSED[name]:
+        for place in places:
+            x, y = (np.array([place - 0.01, place + 0.01]) * part for part in direction)
+            inside = outlines.shape_distance(category, x, y) < 0
+            assert inside[0] != inside[1], (direction, place)
+        centre = outlines.shape_distance(category, np.zeros(1), np.zeros(1)) < 0
+        assert centre[0] == (name != "ring")
+
+
 @pytest.mark.parametrize("category", range(len(data.CLASSES)))
 def test_outlines_agree_with_their_polygons(category):
     shape = outlines.PlacedShape(np.random.default_rng(category), category, 40.0)

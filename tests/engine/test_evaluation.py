@@ -5,6 +5,7 @@ import types
 
 import detectron2
 import pytest
+import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
@@ -15,8 +16,9 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
+from detectron2.structures import Boxes, Instances
 
-from wsbcn_d2.engine import Trainer, build_evaluator, evaluation
+from wsbcn_d2.engine import Trainer, build_evaluator, evaluation, trainer
 
 
 @pytest.fixture
@@ -77,6 +79,33 @@ def test_by_type(tiny_cfg, dataset, tmp_path, evaluator_type, kinds):
 
 def test_coco_is_evaluated_by_detectron2s_evaluator():
     assert evaluation._COCOEvaluator.__mro__[1] is COCOEvaluator
+
+
+def test_classes_that_the_set_does_not_have_are_left_out(tiny_cfg, dataset, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(COCOEvaluator, "process", lambda self, i, o: seen.append(o))
+    evaluator = build_evaluator(tiny_cfg("OUTPUT_DIR", str(tmp_path)), dataset("coco"))
+    found = Instances((8, 8), pred_classes=torch.tensor([0, 5, 6, 7, 2]))
+    boxes = Instances((8, 8), pred_boxes=Boxes(torch.zeros(2, 4)))
+    evaluator.process([{}] * 3, [{"instances": found}, {"proposals": boxes}, {"instances": boxes}])
+    first, second, third = seen[0]  # of six classes
+    assert first["instances"].pred_classes.tolist() == [0, 5, 2]
+    assert second == {"proposals": boxes} and third == {"instances": boxes}
+
+
+def test_test_time_augmentation_has_results_of_its_own(tiny_cfg, dataset, tmp_path, monkeypatch):
+    asked = []
+
+    def test(cls, cfg, model, evaluators):
+        asked.append((model, [e._output_dir for e in evaluators]))
+        return {"bbox": {"AP": 1.0}, "segm": {"AP": 2.0}}
+
+    monkeypatch.setattr(Trainer, "test", classmethod(test))
+    monkeypatch.setattr(trainer, "GeneralizedRCNNWithTTA", lambda cfg, model: ("TTA", model))
+    cfg = tiny_cfg("OUTPUT_DIR", str(tmp_path), "DATASETS.TEST", (dataset("coco"),))
+    found = Trainer.test_with_TTA(cfg, "model")
+    assert found == {"bbox_TTA": {"AP": 1.0}, "segm_TTA": {"AP": 2.0}}
+    assert asked == [(("TTA", "model"), [str(tmp_path / "inference_TTA")])]
 
 
 def test_lvis(tiny_cfg, dataset, tmp_path, monkeypatch):

@@ -81,6 +81,7 @@ def test_shift_is_mean_over_deviation_of_a_channel():
         norm.weight.copy_(torch.tensor([1.0, 2.0, 1.0, 0.0]))
         norm.bias.copy_(torch.tensor([0.0, 3.0, -0.5, 1.0]))
     values = watch(norm, [torch.randn(2, 4, 8, 8)])
+    assert MAX_SHIFT == 10  # of a channel that never changes
     expected = (0 + 3 / 2 + 0.5 + MAX_SHIFT) / 4
     assert values["channels/backbone/shift_mean"][0] == pytest.approx(expected, abs=1e-5)
 

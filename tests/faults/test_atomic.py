@@ -177,6 +177,21 @@ def test_a_damaged_last_checkpoint_names_the_previous_one(tmp_path, damage):
     assert resume(tmp_path, WSBCNCheckpointer) == (2 if damage == "untagged" else 1)
 
 
+def test_weights_alone_are_nothing_to_resume_from(tmp_path):
+    """Newer, and whole; but without the trainer's state a resume would begin at iteration 0."""
+    for value in (1, 2):
+        make(tmp_path, value=float(value)).save(f"model_{value}")
+        os.utime(tmp_path / f"model_{value}.pth", (value, value))
+    torch.save({"model": make(tmp_path, value=5.0).model.state_dict()}, tmp_path / "weights.pth")
+    torch.save({"trainer": {"iteration": 7}}, tmp_path / "trainer.pth")
+    (tmp_path / "notes.txt").write_text("newest")
+    os.truncate(tmp_path / "model_2.pth", 100)
+    with pytest.raises(CheckpointError, match=r"model_1\.pth is whole: to resume from it"):
+        resume(tmp_path, WSBCNCheckpointer)
+    found = [os.path.basename(path) for path in usable_checkpoints(str(tmp_path))]
+    assert found == ["weights.pth", "model_1.pth"]  # newest first
+
+
 def test_without_any_whole_checkpoint_it_says_so(tmp_path):
     make(tmp_path, value=1.0).save("model_1")
     os.truncate(tmp_path / "model_1.pth", 100)

@@ -123,6 +123,16 @@ def test_failed_and_interrupted_studies_say_so_by_their_exit_code(
     assert "the same command goes on from here" in capsys.readouterr().err
 
 
+def test_every_variant_and_number_of_images_is_checked_once(compare, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    checked = []
+    monkeypatch.setattr(compare, "check_config", checked.append)
+    words = "--variants gn bcn --images-per-step 1 2 --seeds 1 2 --output out"
+    compare.check(compare.plan(compare.parse(words.split())))
+    found = [(cfg.MODEL.RESNETS.NORM, cfg.SOLVER.IMS_PER_BATCH) for cfg in checked]
+    assert sorted(found) == [("BCN", 1), ("BCN", 2), ("GN", 1), ("GN", 2)]
+
+
 def test_defaults_of_a_study(compare):
     args = compare.parse(["--output", "out"])
     assert (args.variants, args.seeds, args.images_per_step) == (list(compare.ORDER), [1, 2, 3], [])

@@ -121,6 +121,18 @@ def test_sweeps_multiply_where_they_have_an_effect():
     assert found == {None, True, False}
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_options_with_an_effect_are_in_the_settings_at_their_defaults_too(variant):
+    """So that a record stays what it is when one of the defaults moves."""
+    (run,) = make_plan({variant: CONFIGS[variant]})
+    bcn = ("UPDATE_RATE", "UPDATE_RATE_SCHEDULE", "FIRST_BATCH_INIT", "SYNC_ESTIMATES")
+    expected = {f"MODEL.BCN.{key}" for key in bcn} if variant.startswith("bcn") else set()
+    if variant.endswith("_ws"):
+        expected |= {f"MODEL.WS.{key}" for key in ("EPS", "FORMULA", "KIND")}
+    found = {key for key in run.settings if key.startswith(("MODEL.BCN.", "MODEL.WS."))}
+    assert found == expected
+
+
 def test_moving_a_default_of_bcn_leaves_gn_runs_finished(monkeypatch):
     configs = {k: CONFIGS[k] for k in ("gn", "bcn_ws")}
     records = [make_record(run.variant, settings=run.settings) for run in make_plan(configs)]

@@ -131,6 +131,16 @@ def test_axes_say_what_they_show():
         assert len(figure.legends) == (name != "final_ap")
 
 
+def test_a_point_lies_at_the_mean_of_the_seeds_times():
+    records = records_of({"gn": (10.0, 10.0, 10.0)})
+    for record, seconds in zip(records, (12.0, 24.0, 60.0), strict=True):
+        for curve in record["ap"].values():
+            curve[0][1], curve[1][1] = seconds, 2 * seconds
+    box, _ = make_figures(records)["ap_over_time"].axes
+    assert box.lines[0].get_xdata() == pytest.approx([32, 64])
+    assert band(box)[0] == pytest.approx([32, 64])
+
+
 def test_a_seed_without_a_curve_leaves_the_others_theirs():
     records = records_of({"gn": GN[:2]})
     records[1]["ap"] = {"bbox": records[1]["ap"]["bbox"]}

@@ -64,6 +64,20 @@ def test_pictures_are_the_halves_of_what_a_run_has_drawn(study):
         assert np.abs(pixels - color).max() <= 12
 
 
+def test_pictures_are_of_the_first_run_that_has_any_and_hardly_spoiled(tmp_path):
+    records = [make_record("gn", seed=seed) for seed in (1, 2, 3)]
+    noise = np.random.default_rng(0).integers(0, 256, (90, 208, 1), np.uint8)
+    for record, factor in zip(records[1:], (1.0, 0.5), strict=True):  # the first run has none
+        folder = tmp_path / "runs" / f"name_{record['digest']}" / "predictions"
+        folder.mkdir(parents=True)
+        Image.fromarray((noise * factor).astype(np.uint8).repeat(3, 2)).save(folder / "000.png")
+    page = write_report(records, tmp_path, title="t", command="c").read_text()
+    found = re.findall(r'src="data:image/jpeg;base64,([^"]+)', page)
+    truth, shown = (np.asarray(Image.open(io.BytesIO(base64.b64decode(x)))) for x in found)
+    for pixels, own in ((truth, noise[:, :100]), (shown, noise[:, 108:])):
+        assert np.abs(pixels.astype(int) - own).mean() < 6
+
+
 def test_what_it_says(study):
     _, page, _ = study
     assert "GN &lt; BCN &amp; WS" in page and "&lt;nan&gt;" in page

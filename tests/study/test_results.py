@@ -93,6 +93,20 @@ def test_the_main_page_is_looked_at_with_all_the_others(tool, tmp_path, monkeypa
     assert capsys.readouterr().out == "configs/b/results/README.md: differs\n"
 
 
+def test_figures_are_drawn_unless_it_is_a_check(tool, tmp_path, monkeypatch):
+    page = "![](plots/one-loss.png) and ![](plots/one-final_ap.png)"
+    records = [make_record(seed=seed) for seed in (1, 2)]
+    (tmp_path / "README.md").write_text(page)
+    monkeypatch.setattr(
+        tool, "made", lambda folder: ({"one": records}, {folder / "README.md": page})
+    )
+    assert tool.main(["--check", str(tmp_path)]) == 0 and not (tmp_path / "plots").exists()
+    assert tool.main([str(tmp_path)]) == 0
+    made = sorted(path.name for path in (tmp_path / "plots").iterdir())
+    assert made == ["one-final_ap.png", "one-loss.png"]
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in (tmp_path / "plots").iterdir())
+
+
 def test_what_was_edited_by_hand_is_found_and_mended(tool, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     folder = tmp_path / "results"

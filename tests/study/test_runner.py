@@ -364,6 +364,33 @@ def test_a_log_gets_few_lines(tmp_path, command_of, capsys):
     assert len(lines) <= 4 and "100% 160/160" in lines[-1]
 
 
+def test_a_stopped_run_may_note_its_session(tmp_path):
+    """It is asked to end, and killed only if it does not."""
+    code = (
+        "import pathlib, signal, sys, time\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "def end(*_):\n    (folder / 'noted').touch()\n    sys.exit(1)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "(folder / 'ready').touch()\n"
+        "time.sleep(60)\n"
+    )
+    run = make_run("a")
+    folder = tmp_path / "runs" / run.name
+
+    def stop_when_ready():
+        while not (folder / "ready").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def command(run, folder):
+        threading.Timer(0.1, stop_when_ready).start()
+        return [sys.executable, "-c", code, str(folder)]
+
+    with pytest.raises(KeyboardInterrupt):
+        run_all([run], tmp_path, command, poll_seconds=0.05)
+    assert (folder / "noted").exists()
+
+
 @pytest.mark.parametrize(
     "way, patience, least, most", [("SIG_IGN", 2.0, 2.0, 6.0), ("SIG_DFL", 20.0, 0.0, 15.0)]
 )

@@ -119,6 +119,14 @@ def test_every_cell_of_the_tables():
     ]
 
 
+def test_a_task_that_a_seed_lacks_is_none_of_the_rows():
+    one, two = make_record(seed=1), make_record(seed=2)
+    del two["ap"]["segm"], two["final_ap"]["segm"]
+    for records in ([one, two], [two, one]):
+        (row,) = summarize(records)
+        assert list(row.ap) == ["bbox"]
+
+
 def test_rows_are_by_images_then_in_the_order_of_their_appearance():
     records = [make_record(v, n) for v, n in (("z", 2), ("a", 1), ("z", 1), ("a", 2))]
     found = [(row.variant, row.images_per_step) for row in summarize(records)]

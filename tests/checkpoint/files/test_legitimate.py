@@ -147,6 +147,18 @@ def test_words_of_a_name_that_are_no_prefix_stay(name, tmp_path):
     assert list(source.state) == [f"model.{name}", "b"]  # not all of them have it
 
 
+def test_which_of_several_state_dicts_is_taken(tmp_path):
+    states = {key: {"a": torch.full((2,), float(i))} for i, key in enumerate(
+        ("state_dict", "model", "model_state", "blobs")
+    )}  # fmt: skip
+    while states:
+        first, state = next(iter(states.items()))
+        source = read(dict(reversed(states.items())), tmp_path)
+        same(source.state, state)
+        assert source.container == f"under {first!r}" and set(source.extra) == set(states) - {first}
+        del states[first]
+
+
 class Config:
     """Some code base's own class."""
 

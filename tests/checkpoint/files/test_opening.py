@@ -1,6 +1,7 @@
 """Files that are not what they say: one-line errors, no code run, no output file."""
 
 import collections
+import hashlib
 import io
 import os
 import pickle
@@ -16,7 +17,7 @@ import torch
 
 from wsbcn_d2.checkpoint import CheckpointError, Options, convert, convert_file, read_checkpoint
 from wsbcn_d2.checkpoint.files.archives import unpickled
-from wsbcn_d2.checkpoint.files.opening import check_head
+from wsbcn_d2.checkpoint.files.opening import check_head, file_sha256
 from wsbcn_d2.cli import convert as convert_command
 from wsbcn_d2.cli.convert import main
 
@@ -352,6 +353,13 @@ def test_nan_is_reported(state):
         broken["conv1.weight"] = state["conv1.weight"].clone()
         broken["conv1.weight"][3, 1, 2, 2] = value
         assert convert(broken)[1].nonfinite == ["backbone.bottom_up.stem.conv1.weight"]
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**20, 2**20 + 1, 3 * 2**20 - 1])
+def test_the_digest_is_of_the_whole_file(size, tmp_path):
+    data = np.random.default_rng(size).bytes(size)
+    (tmp_path / "a").write_bytes(data)
+    assert file_sha256(str(tmp_path / "a")) == hashlib.sha256(data).hexdigest()
 
 
 def test_the_largest_file(tmp_path):

@@ -10,7 +10,8 @@ import functools
 import pytest
 import torch
 
-from wsbcn_d2.checkpoint import CheckpointError, Options, convert
+from wsbcn_d2.checkpoint import CheckpointError, Options, convert, layout
+from wsbcn_d2.checkpoint.formats import imagenet
 from wsbcn_d2.checkpoint.formats.plain_bn import batch_norm_to_bcn
 
 from .. import ours
@@ -192,6 +193,36 @@ def test_formula_by_file_name(file_name, norm, formula):
     assert report.metadata.ws_formula == formula and "ws_formula" in report.metadata.presumed
     told = convert(state, Options(formula="biased"))[1].metadata
     assert told.ws_formula == "biased" and "ws_formula" not in told.presumed
+
+
+@pytest.mark.parametrize(
+    "groups, width, name",
+    [
+        *((1, 64, "R-50"), (1, 128, "R-50"), (32, 4, "X-50-32x4d")),
+        *((32, 8, "X-50-32x8d"), (64, 4, "X-50-64x4d"), (16, 4, None), (1, 32, None)),
+    ],
+)
+def test_widths_that_are_known(groups, width, name):
+    net = src.Net(groups=groups, width=width)
+    state = {n: torch.empty(s, device="meta") for n, s in src.resnet_entries(net, classifier=False)}
+    backbone = {n: v for n, v in imagenet.convert_imagenet(state).state.items()}
+    if name is None:
+        with pytest.raises(CheckpointError, match="which no known ResNet or ResNeXt has"):
+            layout.infer_backbone(backbone)
+        return
+    found = layout.infer_backbone(backbone)
+    assert (found.name, found.groups, found.width_per_group) == (name, groups, width)
+    layout.check_shapes(backbone, found.shapes())
+
+
+def test_what_is_presumed_is_called_so(capsys):
+    state = {n: torch.zeros(s) for n, s in src.resnet_entries(GN50)}
+    lines = convert(state)[1].lines()
+    assert "WS formula    unbiased_std (presumed), eps 1e-05" in lines
+    assert "channel order RGB (presumed)" in lines and "norm          GN" in lines
+    assert "pixel std     (58.395, 57.12, 57.375) (presumed)" in lines
+    lines = convert(state, Options(formula="biased"))[1].lines()
+    assert "WS formula    biased, eps 1e-05" in lines
 
 
 @pytest.mark.parametrize("blocks", [(2, 2, 2, 2), (3, 4, 6, 3)])
