@@ -113,6 +113,55 @@ def test_red_is_red_to_a_model_of_one_channel(image_format, expected, monkeypatc
     assert found(np.array([[[0, 0, 255]]], np.uint8)).tolist() == expected
 
 
+@pytest.mark.parametrize(
+    "kinds, drawn",
+    [
+        (["panoptic_seg", "sem_seg", "instances"], ["panoptic"]),
+        (["sem_seg", "instances"], ["sem_seg", "instances"]),
+        (["sem_seg"], ["sem_seg"]),
+        (["instances"], ["instances"]),
+        ([], []),
+    ],
+)
+def test_every_kind_of_prediction_is_drawn(kinds, drawn, monkeypatch):
+    from detectron2.utils import visualizer
+
+    seen, scores = [], torch.rand(5, 4, 6)
+
+    class Drawing:
+        output = "picture"
+
+        def __init__(self, image, metadata, *, scale):
+            assert image[0, 0].tolist() == [3, 2, 1] and (metadata, scale) == ("names", 2.0)
+
+        def draw_panoptic_seg_predictions(self, segments, info):
+            seen.append("panoptic")
+            assert (segments.tolist(), info) == ([1], ["info"])
+            return "drawn"
+
+        def draw_sem_seg(self, classes):
+            seen.append("sem_seg")
+            assert torch.equal(classes, scores.argmax(0))
+            return "drawn"
+
+        def draw_instance_predictions(self, found):
+            seen.append("instances")
+            assert found.scores.tolist() == [0.5]
+            return "drawn"
+
+    monkeypatch.setattr(visualizer, "Visualizer", Drawing)
+    predictions = {
+        "panoptic_seg": (torch.tensor([1]), ["info"]),
+        "sem_seg": scores,
+        "instances": Instances((4, 6), scores=torch.tensor([0.5])),
+    }
+    found = Predictor.__new__(Predictor)
+    found.metadata = "names"
+    image = np.full((4, 6, 3), (1, 2, 3), np.uint8)
+    result = found.draw(image, {kind: predictions[kind] for kind in kinds}, scale=2.0)
+    assert seen == drawn and result == ("drawn" if drawn else "picture")
+
+
 def test_names_of_classes_are_by_their_ids(tmp_path):
     path = tmp_path / "a.json"
     classes = [{"id": 7, "name": "late"}, {"id": 2, "name": "early"}, {"id": 5, "name": "mid"}]

@@ -22,9 +22,9 @@ from pycocotools import mask as mask_util
 
 from wsbcn_d2.cli.predict import main as predict
 from wsbcn_d2.data import DataError, RangeMapper, read_picture, register_coco_sets
-from wsbcn_d2.data.checks import Wanted, check_sets, look, look_at, memory
+from wsbcn_d2.data.checks import Wanted, check_sets, look, look_at, memory, summarize
 from wsbcn_d2.data.checks.annotations import check_content
-from wsbcn_d2.data.checks.findings import Findings
+from wsbcn_d2.data.checks.findings import Findings, shown
 from wsbcn_d2.data.checks.masks import _sum_of_runs, _unpack
 from wsbcn_d2.engine import load_config
 from wsbcn_d2.engine.from_config import schedule_by_epochs
@@ -672,6 +672,54 @@ def test_sizes_are_those_of_coco():
     content["annotations"][5]["bbox"] = [0, 0, 32, 32]
     facts = looked_at(content).facts
     assert (facts["small"], facts["medium"], facts["large"]) == (2, 3, 1)
+
+
+def test_every_number_of_a_summary(tmp_path):
+    """Of four pictures, one without objects; a crowd counts as none of them."""
+    content = a_set()
+    content["images"].append({**content["images"][0], "id": 4})
+    content["annotations"][0].update(iscrowd=1)
+    content["annotations"][1]["area"] = 32**2
+    content["annotations"][2]["area"] = 96**2
+    del content["annotations"][3]["segmentation"]
+    content["annotations"][4]["segmentation"] = runs(5, 5, content["images"][2])
+    for annotation in content["annotations"][:3]:
+        annotation["keypoints"] = [9, 9, 2] * 3
+    entry = write(tmp_path, content)
+    assert summarize(look_at(entry["JSON"], entry["IMAGES"]).facts).splitlines() == [
+        "pictures   4, of 64 x 72 to 80 x 64 pixels; 1 without objects",
+        "objects    5, 1.2 per picture; 60 % small, 20 % medium, 20 % large "
+        "(below 32 x 32, 96 x 96 pixels, above)",
+        "masks      3 polygons, 1 run lengths, 1 objects without; 1 crowd regions",
+        "keypoints  2 objects, [3] points each",
+        "classes    2",
+        "  round  2",
+        "  long   3",
+    ]
+
+
+def test_a_refusal_counts_places_and_kinds():
+    found = Findings()
+    for place in ("a", "b", "c"):
+        found.fault("what", place, "mend")
+    found.fault("of evaluation", "d", "mend it", test_only=True)
+    with pytest.raises(DataError) as error:
+        found.refuse("set")
+    more = " (and 1 other kinds: tools/check_dataset.py lists them)"
+    assert str(error.value) == "set: what (a and 2 more): mend" + more
+    with pytest.raises(DataError) as error:
+        found.refuse("set", test=False)
+    assert str(error.value) == "set: what (a and 2 more): mend"
+    del found.faults["what"]
+    found.refuse("set", test=False)
+    with pytest.raises(DataError, match=r"^set: of evaluation \(d\): mend it$"):
+        found.refuse("set")
+
+
+@pytest.mark.parametrize("length, whole", [(58, True), (59, False)])
+def test_a_value_in_a_message_is_not_long(length, whole):
+    text = shown("x" * length)  # and two quotes
+    assert text == ("'" + "x" * length + "'" if whole else "'" + "x" * 56 + "...")
 
 
 @pytest.mark.parametrize("place, side", [(0, "width"), (1, "height")])

@@ -157,6 +157,12 @@ def test_outlines_agree_with_their_polygons(category):
         return
     polygon = mask_util.frPyObjects([outline.ravel().tolist()], 128, 128)
     assert mask_util.iou(polygon, [mask_util.encode(inside)], [0])[0, 0] > 0.96
+    # No half a pixel beside each other: pixel centres lie at .5.
+    x, y = outline.T
+    cross = x * np.roll(y, -1) - np.roll(x, -1) * y
+    centroid = [((v + np.roll(v, -1)) * cross).sum() / (3 * cross.sum()) for v in (x, y)]
+    rows, columns = np.nonzero(inside)
+    assert np.abs(np.subtract(centroid, [columns.mean() + 0.5, rows.mean() + 0.5])).max() < 0.1
 
 
 def test_single_object_views_for_classification():

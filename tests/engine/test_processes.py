@@ -4,11 +4,12 @@ import socket
 from argparse import Namespace
 
 import pytest
+import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
 from wsbcn_d2.engine import launch
-from wsbcn_d2.engine.processes import is_python, run_command, world_size_of
+from wsbcn_d2.engine.processes import _run_rank, is_python, run_command, world_size_of
 
 
 def arguments(**kwargs):
@@ -74,6 +75,29 @@ def test_under_torchrun_the_group_is_left_after_a_failure_too(torchrun):
     with pytest.raises(RuntimeError, match="out of memory"):
         launch(main, arguments())
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("gpus", [False, True])
+@pytest.mark.parametrize("machine, local", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_the_place_of_a_process_among_two_machines(machine, local, gpus, monkeypatch):
+    """Ranks count machine by machine, and a machine's processes share a group."""
+    done, rank = [], 2 * machine + local
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(device))
+    monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: done.append((a, k)))
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(dist, "new_group", tuple)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("left"))
+    monkeypatch.setattr(comm, "synchronize", lambda: done.append("waited"))
+    monkeypatch.delattr(comm, "create_local_process_group", raising=False)
+    monkeypatch.setattr(comm, "_LOCAL_PROCESS_GROUP", None)
+    args = arguments(num_gpus=2, num_machines=2, machine_rank=machine)
+    assert _run_rank(local, 2, lambda a: (a, len(done)), args, "tcp://x:1")[0] is args
+    place = {"init_method": "tcp://x:1", "rank": rank, "world_size": 4}
+    begun = (("nccl" if gpus else "gloo",), place)
+    assert done == [*[local] * gpus, begun, "waited", "left"]
+    assert ((0, 1) if machine == 0 else (2, 3)) == comm._LOCAL_PROCESS_GROUP
 
 
 def test_a_command_keeps_its_name_and_what_it_says_of_itself():

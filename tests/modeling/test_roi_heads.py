@@ -56,6 +56,9 @@ def test_the_function_is_the_stock_one_on_standardized_weights(
     head = ws_kind(SHAPE, **arguments, ws_formula=formula, ws_eps=1e-2)
     stock = stock_kind(SHAPE, **arguments)
     assert standardized(head) == converted
+    # The norm takes the scale out again, and with it most of what an epsilon does.
+    options = {(conv.ws_formula, conv.ws_eps) for conv in map(head.get_submodule, converted)}
+    assert options == {(formula, 1e-2)}
     state = head.state_dict()
     assert list(state) == list(stock.state_dict())
     for name in converted:
@@ -125,6 +128,26 @@ def test_an_image_without_objects_trains(tiny_cfg, make_batch):
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
     norm = model.roi_heads.mask_head.mask_fcn1.norm.bn
     assert norm.num_batches_tracked == 0 and (norm.running_var == 1).all()
+
+
+@pytest.mark.parametrize("kind", ["ws", "wn", "cwn"])
+def test_options_of_a_config_reach_every_part(kind, tiny_cfg):
+    cfg = tiny_cfg("MODEL.WS.KIND", kind, "MODEL.WS.FORMULA", "biased", "MODEL.WS.EPS", 0.125)
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        model = build_model(cfg)
+        cfg.MODEL.META_ARCHITECTURE = "WSRetinaNet"
+        cfg.MODEL.BACKBONE.NAME = "build_ws_retinanet_resnet_fpn_backbone"
+        cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+        cfg.MODEL.RETINANET.NORM = "GN"
+        retinanet = build_model(cfg)
+    for part in (
+        *(model.backbone.bottom_up, model.backbone.fpn_lateral2, model.roi_heads.box_head),
+        *(model.roi_heads.mask_head, retinanet.backbone, retinanet.head),
+    ):
+        convs = [m for m in part.modules() if hasattr(m, "ws_eps")]
+        found = {(conv.ws_formula, conv.ws_eps) for conv in convs}
+        assert found == {("biased" if kind == "ws" else kind, 0.125)}
 
 
 def test_c4_heads():

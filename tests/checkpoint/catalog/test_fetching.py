@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 import runpy
 from pathlib import Path
 
@@ -224,4 +225,10 @@ def test_the_catalog_itself(capsys):
     assert runpy.run_path(str(tool))["main"](["--urls"]) == 0
     out = capsys.readouterr().out
     assert all(f"wsbcn://{name}" in out for name in CATALOG)
+    lines = [re.split("  +", line.strip()) for line in out.splitlines()]
+    for entry in CATALOG.values():  # each column of each line
+        assert [
+            *(f"wsbcn://{entry.name}", entry.norm, entry.formula, entry.pixels.input_format),
+            *(entry.licence, entry.score),
+        ] in lines
     assert "https://cs.jhu.edu/~syqiao/BatchChannelNormalization/rn50_bcn_ws.pth" in out

@@ -107,6 +107,10 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     assert gpu_report.main(["--quick", "--output", str(output)]) == 0
 
 
+def test_it_takes_at_most_ten_minutes():
+    assert gpu_report.LIMIT <= 600
+
+
 def test_other_programs():
     say = [
         sys.executable,
