@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from detectron2.config import LazyCall
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data import transforms as T
@@ -160,6 +161,18 @@ def test_every_kind_of_prediction_is_drawn(kinds, drawn, monkeypatch):
     image = np.full((4, 6, 3), (1, 2, 3), np.uint8)
     result = found.draw(image, {kind: predictions[kind] for kind in kinds}, scale=2.0)
     assert seen == drawn and result == ("drawn" if drawn else "picture")
+
+
+@pytest.mark.parametrize("name", ["model.pth", 'a b\'s "m".pth', "a=b,{c}.pth"])
+def test_weights_of_any_name_in_a_python_config(name, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Predictor, "__init__", lambda self, cfg, *, fold: asked.append(cfg))
+    (tmp_path / name).touch()
+    config = ROOT / "configs/lazy/COCO-Detection/retinanet_R_50_FPN_1x_gn_ws_1img.py"
+    opts = ["train.seed=5"]
+    Predictor.from_checkpoint(tmp_path / name, config_file=config, opts=opts)
+    ((cfg),) = asked
+    assert (cfg.train.init_checkpoint, cfg.train.seed) == (str(tmp_path / name), 5)
 
 
 def test_names_of_classes_are_by_their_ids(tmp_path):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import os
+import runpy
 import shutil
 import sys
 from contextlib import nullcontext
@@ -26,6 +27,7 @@ from wsbcn_d2.data.checks import Wanted, check_sets, look, look_at, memory, summ
 from wsbcn_d2.data.checks.annotations import check_content
 from wsbcn_d2.data.checks.findings import Findings, shown
 from wsbcn_d2.data.checks.masks import _sum_of_runs, _unpack
+from wsbcn_d2.data.drawing import draw_some
 from wsbcn_d2.engine import load_config
 from wsbcn_d2.engine.from_config import schedule_by_epochs
 
@@ -562,6 +564,34 @@ def test_the_tool_sums_up_and_draws(tmp_path, monkeypatch, capsys):
     assert code == 2 and err.count("\n") == 2 and "--picture-range" in err and "missing" in err
     assert run("--picture-range", 0, 4095)[2].count("\n") == 1
     assert not (tmp_path / "cache").exists()
+
+
+def test_pictures_are_drawn_in_their_colours(tmp_path):
+    content = a_set()
+    entry = write(tmp_path, content)
+    Image.new("RGB", SIZES[0], (230, 60, 20)).save(tmp_path / "set" / "0.png")
+    paths = draw_some(entry["JSON"], entry["IMAGES"], str(tmp_path / "drawn"), 9)
+    assert [Path(path).name for path in paths] == ["1_0.png", "2_1.png", "3_2.png"]
+    drawn = np.asarray(Image.open(paths[0]))
+    assert drawn[-2:, -2:].tolist() == [[[230, 60, 20]] * 2] * 2  # no object is there
+    assert (drawn[5:45, 5:54] != (230, 60, 20)).any()
+    assert f"__drawing__ {os.path.abspath(entry['JSON'])}" not in MetadataCatalog.list()
+
+
+def test_the_tool_says_what_is_odd_and_no_fault(tmp_path, monkeypatch, capsys):
+    content = a_set()
+    over_the_edge(content, None)
+    entry = write(tmp_path, content)
+    tool = runpy.run_path(str(ROOT / "tools" / "check_dataset.py"))
+    monkeypatch.setattr(sys, "argv", ["check_dataset.py", entry["JSON"], entry["IMAGES"]])
+    assert tool["cli"]() == 0
+    said = capsys.readouterr()
+    assert said.err == "" and said.out.splitlines()[-1] == "  long   3"
+    content["annotations"][0]["bbox"] = [-3, -3, 80, 40]
+    Path(entry["JSON"]).write_text(json.dumps(content))
+    assert tool["cli"]() == 0
+    note = "note: 1 boxes reach over the picture's edge and are cut there"
+    assert capsys.readouterr().out.splitlines()[-1] == note
 
 
 def test_several_sets_are_one(command, tmp_path):

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
 from wsbcn_d2.engine.curves import plot_curves, read_metrics
@@ -20,6 +21,34 @@ def test_metrics_of_a_killed_and_resumed_run(tmp_path):
     metrics = read_metrics(str(path))
     assert metrics["total_loss"] == [(19, 3.0), (39, 1.5), (59, 1.0)]
     assert metrics["segm/AP"] == [(39, 1.0)]
+
+
+def test_what_is_drawn_on_which_axes(monkeypatch):
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: saved.append((figure, path)))
+    metrics = {
+        "total_loss": [(19, 3.0), (39, 2.0)],
+        "loss_mask": [(19, 1.0), (39, 0.5)],
+        "bbox/AP": [(39, 5.0), (79, 7.0)],
+        "segm/AP": [(39, 4.0)],
+        **{name: [(39, 99.0)] for name in ("bbox/AP50", "bbox/APs", "lr", "time", "data_time")},
+    }
+    assert plot_curves(metrics, "a.png", "a title") == "a.png"
+    ((figure, path),) = saved
+    assert path == "a.png" and figure.get_suptitle() == "a title"
+    losses, aps = figure.axes
+    drawn = [
+        {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
+        for axes in (losses, aps)
+    ]
+    assert drawn == [
+        {name: metrics[name] for name in ("loss_mask", "total_loss")},
+        {name: metrics[name] for name in ("bbox/AP", "segm/AP")},
+    ]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["iteration"] * 2
+    assert [axes.get_ylabel() for axes in figure.axes] == ["training loss", "AP on the test set"]
+    for axes, names in zip(figure.axes, drawn, strict=True):
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == list(names)
 
 
 def test_curves_are_drawn_where_there_is_something(tmp_path):

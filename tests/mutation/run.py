@@ -15,6 +15,11 @@ Without it, and for lines that run at import, those files of the package's tests
 what is around the line. Survivors are printed as changes of a line; equivalent.txt lists those that
 change nothing a user could see, each with the reason.
 
+    python tests/mutation/run.py --by-hand [TEXT] [--faults FILE]
+
+tries the faults of by_hand.toml, or of another file like it, where a fault that names no tests is
+tried as those that are drawn.
+
 Everything heavy is imported once: each try is a fork of this process, in a group of its own.
 """
 

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 from benchmarks.host import host_mode, launches_stubbed
-from benchmarks.runner import Runner
+from benchmarks.runner import Runner, measurement
 
 from wsbcn_d2 import BatchChannelNorm2d
 from wsbcn_d2.layers.kernels import triton_bcn
@@ -57,6 +58,23 @@ def test_layers_cost_the_host_a_small_multiple_of_pytorchs_own(capsys):
     assert 1 < summary["BCN / GroupNorm"] < 1.6
     assert 1 < summary["WS convolution / convolution"] < 1.5
     assert "BCN / GroupNorm: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("quick, runs", [(False, 20), (True, 1)])
+def test_microseconds_are_those_of_one_layer(quick, runs, capsys):
+    """Of a chain of 20 layers that is run so many times a round."""
+
+    def rounds(made):
+        seconds = dict(zip(made, (0.4, 0.8, 0.2, 0.5), strict=True))
+        return {name: measurement(name, [t, 1.5 * t, 2 * t]) for name, t in seconds.items()}
+
+    found = host_mode(SimpleNamespace(rounds=rounds), argparse.Namespace(quick=quick))
+    assert [row["us"] for row in found["rows"]] == pytest.approx(
+        [1.5e6 * t / 20 / runs for t in (0.4, 0.8, 0.2, 0.5)]
+    )
+    assert found["rows"][0]["iqr"] == pytest.approx(0.2e6 / 20 / runs)
+    assert found["summary"]["BCN / GroupNorm"]["ratio"] == pytest.approx(2)
+    assert found["summary"]["WS convolution / convolution"]["ratio"] == pytest.approx(2.5)
 
 
 def test_stubs_are_launched_directly_and_do_not_outlive_their_use(monkeypatch):

@@ -76,6 +76,16 @@ def test_bars_with_intervals_on_both_sides_and_a_dot_per_seed(figures):
         assert [t.get_text() for t in ax.get_yticklabels()] == ["gn, 1 img", "bcn_ws, 1 img"]
 
 
+def test_no_axis_goes_below_an_ap_of_0():
+    """Also where an interval would."""
+    figures = make_figures(records_of({"gn": (0.5, 9.0), "ws": (1.0, 2.0)}))
+    assert [ax.get_xlim()[0] for ax in figures["final_ap"].axes] == [0, 0]
+    for name in ("ap_over_iterations", "ap_over_time"):
+        assert [ax.get_ylim()[0] for ax in figures[name].axes] == [0, 0]
+    box = figures["final_ap"].axes[0]
+    assert box.get_xlim()[1] > 4.75 + 12.706 * 4.25  # and all of it above
+
+
 def test_each_number_of_images_has_its_own_axes():
     figures = make_figures(records_of({"gn": GN}, images=(1, 2)))
     one, two = figures["ap_over_iterations"].axes[:2]

@@ -215,6 +215,54 @@ def test_widths_that_are_known(groups, width, name):
     layout.check_shapes(backbone, found.shapes())
 
 
+RGB = [
+    'INPUT.FORMAT: "RGB"',
+    "MODEL.PIXEL_MEAN: [123.675, 116.28, 103.53]",
+    "MODEL.PIXEL_STD: [58.395, 57.12, 57.375]",
+]
+
+
+@pytest.mark.parametrize(
+    "net, options, lines",
+    [
+        (
+            src.Net(groups=32, width=4),
+            Options(),
+            [
+                'MODEL.BACKBONE.NAME: "build_ws_resnet_fpn_backbone"',
+                *("MODEL.RESNETS.DEPTH: 50", 'MODEL.RESNETS.NORM: "GN"'),
+                "MODEL.RESNETS.STRIDE_IN_1X1: False",
+                *("MODEL.RESNETS.NUM_GROUPS: 32", "MODEL.RESNETS.WIDTH_PER_GROUP: 4"),
+                *('MODEL.WS.FORMULA: "unbiased_std"', *RGB),
+            ],
+        ),
+        (
+            src.Net(width=128),
+            Options(formula="none"),
+            [
+                'MODEL.BACKBONE.NAME: "build_resnet_fpn_backbone"',
+                *("MODEL.RESNETS.DEPTH: 50", 'MODEL.RESNETS.NORM: "GN"'),
+                "MODEL.RESNETS.STRIDE_IN_1X1: False",
+                *("MODEL.RESNETS.NUM_GROUPS: 1", "MODEL.RESNETS.WIDTH_PER_GROUP: 128", *RGB),
+            ],
+        ),
+        (
+            src.Net(norm="BN", ws=""),
+            Options(formula="biased"),
+            [
+                'MODEL.BACKBONE.NAME: "build_ws_resnet_fpn_backbone"',
+                *("MODEL.RESNETS.DEPTH: 50", 'MODEL.RESNETS.NORM: "BCN"'),
+                *("MODEL.RESNETS.STRIDE_IN_1X1: False", 'MODEL.WS.FORMULA: "biased"', *RGB),
+            ],
+        ),
+    ],
+    ids=["X-50 GN+WS", "wide GN", "BN into BCN"],
+)
+def test_the_config_that_fits(net, options, lines):
+    state = {n: torch.zeros(s) for n, s in src.resnet_entries(net)}
+    assert convert(state, options)[1].config_lines() == lines
+
+
 def test_what_is_presumed_is_called_so(capsys):
     state = {n: torch.zeros(s) for n, s in src.resnet_entries(GN50)}
     lines = convert(state)[1].lines()
