@@ -24,7 +24,7 @@ def checkpoint(classifier_cfg, tmp_path):
         for value in model.state_dict().values():
             if value.is_floating_point():
                 value.uniform_(0.5, 1.5)
-    saver = WSBCNCheckpointer(model, str(tmp_path), expected=LoadExpectation.from_cfg(cfg))
+    saver = WSBCNCheckpointer(model, str(tmp_path), expected=LoadExpectation.from_model(model, cfg))
     saver.save("classifier")
     return str(tmp_path / "classifier.pth"), model
 
@@ -77,7 +77,7 @@ def test_a_detector_takes_every_backbone_key(overrides, prefix, checkpoint):
     path, classifier = checkpoint
     cfg = load_config(DETECTOR, [*TINY, "MODEL.RESNETS.STEM_OUT_CHANNELS", "64", *overrides])
     model = build_model(cfg)
-    WSBCNCheckpointer(model, expected=LoadExpectation.from_cfg(cfg)).load(path)
+    WSBCNCheckpointer(model, expected=LoadExpectation.from_model(model, cfg)).load(path)
     source = {n.removeprefix("backbone."): v for n, v in classifier.state_dict().items()}
     own = model.state_dict()
     parts = ("stem", "res2", "res3", "res4", "res5")
@@ -137,13 +137,16 @@ def test_a_detector_that_does_not_fit_is_refused(overrides, message, checkpoint)
     cfg = load_config(DETECTOR, options)
     model = build_model(cfg)
     with pytest.raises(CheckpointError, match=message):
-        WSBCNCheckpointer(model, expected=LoadExpectation.from_cfg(cfg)).load(checkpoint[0])
+        WSBCNCheckpointer(model, expected=LoadExpectation.from_model(model, cfg)).load(
+            checkpoint[0]
+        )
 
 
 def test_other_pixel_statistics_are_warned_about(checkpoint, caplog):
     options = [*TINY, "MODEL.RESNETS.STEM_OUT_CHANNELS", "64", "MODEL.PIXEL_STD", "[1.0,1.0,1.0]"]
     cfg = load_config(DETECTOR, options)
-    checkpointer = WSBCNCheckpointer(build_model(cfg), expected=LoadExpectation.from_cfg(cfg))
+    model = build_model(cfg)
+    checkpointer = WSBCNCheckpointer(model, expected=LoadExpectation.from_model(model, cfg))
     warnings = []
     checkpointer.logger = type("Log", (), {"info": print, "warning": warnings.append})()
     checkpointer.load(checkpoint[0])
