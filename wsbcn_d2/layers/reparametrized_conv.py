@@ -17,6 +17,7 @@ from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv
 from torch import nn
 from torch.nn import functional as F
 
+from .kernels.autograd import gradients
 from .kernels.dispatch import plain, requested_backend
 from .recomputation import packing
 
@@ -59,8 +60,45 @@ def normalized_convs(module: nn.Module) -> list[Conv2d]:
 class ReparametrizedConv2d(Conv2d):
     """Detectron2's ``Conv2d`` (with ``norm`` and ``activation``) on a function of its parameters.
 
-    Subclasses say which: :meth:`used_weight` and, for those that are not scripted, :meth:`_recipe`.
+    Subclasses say which: :meth:`used_weight` and, for those that are not scripted, :meth:`_recipe`;
+    what weights they take, :meth:`_check`, and what they keep beside them, :meth:`_begin`.
     """
+
+    @classmethod
+    def convert(
+        cls, module: nn.Module, *, formula: str = "unbiased", eps: float = 1e-5
+    ) -> nn.Module:
+        """Reparametrize, in place, every convolution of ``module`` that carries a norm.
+
+        Replaced are the modules whose type is exactly :class:`detectron2.layers.Conv2d` and
+        whose ``norm`` is not None. Convolutions without a norm (RPN, predictors, the mask
+        deconvolution) stay plain, as the paper prescribes. Identity, parameters, buffers, hooks
+        and aliases are kept (the class of the object changes, not the object): Detectron2's FPN
+        runs its convolutions from plain lists that a replacing conversion would miss.
+
+        Args:
+            module: any module; may itself be a convolution.
+            formula: of :class:`WSConv2d` alone, one of :data:`WS_FORMULAS`.
+            eps: stabilizer of the reparametrization.
+
+        Returns:
+            ``module``.
+
+        Raises:
+            ValueError: for an unknown formula, one element per filter (but in WN), or a deformable
+                convolution that carries a norm; then nothing has been converted.
+        """
+        cls.adopt(normalized_convs(module), formula, eps)
+        return module
+
+    @classmethod
+    def adopt(cls, convs: list[Conv2d], formula: str, eps: float) -> None:
+        """What :meth:`convert` does, to these convolutions: to all, or after an error none."""
+        for conv in convs:
+            cls._check(conv.weight, formula)
+        for conv in convs:
+            conv.__class__ = cls
+            conv._begin(formula, eps)
 
     def used_weight(self) -> torch.Tensor:
         """The weight of the convolution, shape (C_out, C_in/groups, kh, kw)."""
@@ -241,7 +279,8 @@ class _RecomputedConv(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             y = F.conv2d(x, ctx.weight_of(*parameters), bias, *ctx.how)
             inputs = (x, bias, *parameters)
-            return None, None, *_grads(y, inputs, ctx.needs_input_grad[2:], dy, create_graph=True)
+            needs = ctx.needs_input_grad[2:]
+            return None, None, *gradients(y, inputs, needs, dy, create_graph=True)
         stride, padding, dilation, groups = ctx.how
         with torch.enable_grad():
             leaves = [
@@ -253,11 +292,4 @@ class _RecomputedConv(torch.autograd.Function):
             dy, x, weight.detach(), None if bias is None else bias.shape,
             stride, padding, dilation, False, (0, 0), groups, (needs_x, any(needs), needs_bias),
         )  # fmt: skip
-        return None, None, dx, db, *_grads(weight, leaves, needs, dw)
-
-
-def _grads(y, inputs, needs, dy, **options):
-    """Gradients of y with respect to the inputs that need one, None for the others."""
-    wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, dy, **options) if wanted else ())
-    return [next(found) if need else None for need in needs]
+        return None, None, dx, db, *gradients(weight, leaves, needs, dw)
