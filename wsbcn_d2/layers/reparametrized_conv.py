@@ -60,7 +60,7 @@ def normalized_convs(module: nn.Module) -> list[Conv2d]:
 class ReparametrizedConv2d(Conv2d):
     """Detectron2's ``Conv2d`` (with ``norm`` and ``activation``) on a function of its parameters.
 
-    Subclasses say which: :meth:`used_weight` and, for those that are not scripted, :meth:`_recipe`;
+    Subclasses say which: :meth:`used_weight` and, for those that are not scripted, :meth:`recipe`;
     what weights they take, :meth:`_check`, and what they keep beside them, :meth:`_begin`.
     """
 
@@ -104,12 +104,10 @@ class ReparametrizedConv2d(Conv2d):
         """The weight of the convolution, shape (C_out, C_in/groups, kh, kw)."""
         raise NotImplementedError
 
-    @torch.jit.unused
-    def _recipe(self):
+    def recipe(self):
         """A function and the parameters, ``weight`` first, of which it makes the used weight."""
         raise NotImplementedError
 
-    @torch.jit.unused
     def _in_one(self, x: torch.Tensor) -> torch.Tensor | None:
         """The convolution and its weight as one node of autograd, where there is such a node."""
         return None
@@ -140,7 +138,6 @@ class ReparametrizedConv2d(Conv2d):
             x = self.activation(x)
         return x
 
-    @torch.jit.unused
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
         # Same contract as the parent, which stops here with an assertion.
         assert not (self.training and x.numel() == 0 and isinstance(self.norm, nn.SyncBatchNorm)), (
@@ -149,7 +146,7 @@ class ReparametrizedConv2d(Conv2d):
         weight = _shared_weight(self)
         if weight is None:
             if _recomputes(self, x):
-                weight_of, parameters = self._recipe()
+                weight_of, parameters = self.recipe()
                 return recomputed_conv2d(self, x, weight_of, *parameters)
             y = self._in_one(x)
             if y is not None:

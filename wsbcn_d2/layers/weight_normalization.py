@@ -108,8 +108,7 @@ class WNConv2d(ReparametrizedConv2d):
         """The normalized weight."""
         return _normalize(self.weight, self.weight_g, self.centred, self.ws_eps)
 
-    @torch.jit.unused
-    def _recipe(self):
+    def recipe(self):
         centred, eps = self.centred, self.ws_eps
         return lambda v, g: _normalize(v, g, centred, eps), (self.weight, self.weight_g)
 

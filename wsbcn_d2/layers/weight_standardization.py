@@ -143,16 +143,12 @@ class WSConv2d(ReparametrizedConv2d):
 
     def used_weight(self) -> torch.Tensor:
         """The standardized weight, under autocast in the type in which it is read."""
+        weight, formula, eps = self.weight, self.ws_formula, self.ws_eps
         if torch.jit.is_scripting():
-            return readable(self.weight, self.ws_formula, self.ws_eps)
-        return self._used_weight()
+            return readable(weight, formula, eps)
+        else:  # TorchScript compiles what comes after a return
+            return _standardize_as(weight, formula, eps, autocast_dtype(weight))
 
-    @torch.jit.unused
-    def _used_weight(self):
-        weight = self.weight
-        return _standardize_as(weight, self.ws_formula, self.ws_eps, autocast_dtype(weight))
-
-    @torch.jit.unused
     def _in_one(self, x: torch.Tensor) -> torch.Tensor | None:
         weight = self.weight
         backend = ws_backend(weight) if plain(x) else None
@@ -164,8 +160,7 @@ class WSConv2d(ReparametrizedConv2d):
             self.ws_formula, self.ws_eps, readable,
         )  # fmt: skip
 
-    @torch.jit.unused
-    def _recipe(self):
+    def recipe(self):
         formula, eps = self.ws_formula, self.ws_eps
         return lambda weight: _standardize_as(weight, formula, eps, None), (self.weight,)
 
