@@ -7,7 +7,6 @@ are errors.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from detectron2.config import CfgNode
@@ -20,24 +19,8 @@ from .layout import BOTTOM_UP, OPTIONAL_SUFFIX, norm_kind
 from .metadata import OTHER_KINDS, Metadata
 
 
-@dataclass(frozen=True)
-class LoadExpectation:
-    """What a model needs of its weights; a field that is None is not checked.
-
-    Attributes:
-        ws_formula: of the backbone, "none" without WS.
-        norm: kind of the backbone's norm, "GN", "BCN" or "BN".
-        pixel_mean, pixel_std: as configured, three numbers each.
-        input_format: "RGB" or "BGR".
-        ws_eps: epsilon of the formula.
-    """
-
-    ws_formula: str | None = None
-    norm: str | None = None
-    pixel_mean: tuple[float, ...] | None = None
-    pixel_std: tuple[float, ...] | None = None
-    input_format: str | None = None
-    ws_eps: float | None = None
+class LoadExpectation(Metadata):
+    """What a model needs its weights to say of themselves; a field that is None is not checked."""
 
     @classmethod
     def from_model(cls, model: nn.Module, cfg: CfgNode | None = None) -> "LoadExpectation":
@@ -72,10 +55,6 @@ class LoadExpectation:
             input_format=order,
             ws_eps=eps,
         )
-
-    def metadata(self) -> Metadata:
-        """Returns what a checkpoint saved from such a model records."""
-        return Metadata(format="wsbcn_d2", **vars(self))
 
 
 def _numbers(values) -> tuple[float, ...] | None:

@@ -22,12 +22,17 @@ from .kernels.dispatch import plain, requested_backend
 from .recomputation import packing
 
 __all__ = [
+    "Recipe",
     "ReparametrizedConv2d",
     "autocast_dtype",
     "normalized_convs",
     "recomputed_conv2d",
     "standardize_once",
 ]
+
+
+#: A function and the parameters, ``weight`` first, of which it makes the used weight.
+Recipe = tuple[Callable[..., torch.Tensor], tuple[torch.Tensor, ...]]
 
 
 def normalized_convs(module: nn.Module) -> list[Conv2d]:
@@ -104,8 +109,8 @@ class ReparametrizedConv2d(Conv2d):
         """The weight of the convolution, shape (C_out, C_in/groups, kh, kw)."""
         raise NotImplementedError
 
-    def recipe(self):
-        """A function and the parameters, ``weight`` first, of which it makes the used weight."""
+    def recipe(self) -> Recipe:
+        """How the weight is made, in the type of the parameters, under autocast too."""
         raise NotImplementedError
 
     def _in_one(self, x: torch.Tensor) -> torch.Tensor | None:

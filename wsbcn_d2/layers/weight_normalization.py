@@ -20,7 +20,7 @@ from typing import Final
 import torch
 from torch import nn
 
-from .reparametrized_conv import ReparametrizedConv2d
+from .reparametrized_conv import Recipe, ReparametrizedConv2d
 from .weight_standardization import WSConv2d
 
 __all__ = ["WS_KINDS", "CWNConv2d", "WNConv2d", "convert_convs", "normalize_weight"]
@@ -108,7 +108,7 @@ class WNConv2d(ReparametrizedConv2d):
         """The normalized weight."""
         return _normalize(self.weight, self.weight_g, self.centred, self.ws_eps)
 
-    def recipe(self):
+    def recipe(self) -> Recipe:
         centred, eps = self.centred, self.ws_eps
         return lambda v, g: _normalize(v, g, centred, eps), (self.weight, self.weight_g)
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from .kernels.autograd import fused_standardize
 from .kernels.dispatch import plain, ws_backend
-from .reparametrized_conv import ReparametrizedConv2d, autocast_dtype
+from .reparametrized_conv import Recipe, ReparametrizedConv2d, autocast_dtype
 
 __all__ = ["WS_FORMULAS", "WSConv2d", "standardize_weight"]
 
@@ -160,7 +160,7 @@ class WSConv2d(ReparametrizedConv2d):
             self.ws_formula, self.ws_eps, readable,
         )  # fmt: skip
 
-    def recipe(self):
+    def recipe(self) -> Recipe:
         formula, eps = self.ws_formula, self.ws_eps
         return lambda weight: _standardize_as(weight, formula, eps, None), (self.weight,)
 
