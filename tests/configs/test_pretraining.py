@@ -112,6 +112,22 @@ def test_a_c4_detector_takes_res5_for_its_head(classifier_cfg):
     assert place_backbone(detector, detector).keys() == detector.keys()
 
 
+@pytest.mark.parametrize(
+    "stem,res5", [("backbone.bottom_up.",) * 2, ("backbone.", "roi_heads."), ("", "")]
+)
+def test_a_c4_detectors_resnet_is_placed_like_any(stem, res5):
+    """All four entries arrive, what a model lacks under its old name."""
+    names = "stem.conv1.weight", "res5.0.conv1.weight"
+    own = [stem + names[0], res5 + names[1]]
+    rest = [
+        "backbone.stem.conv1.norm.num_batches_tracked",
+        "roi_heads.box_predictor.cls_score.bias",
+    ]
+    state = {"backbone." + names[0]: 0, "roi_heads." + names[1]: 1, rest[0]: 2, rest[1]: 3}
+    placed = place_backbone(state, own)
+    assert placed == {own[0]: 0, own[1]: 1, rest[0]: 2, rest[1]: 3}
+
+
 def test_a_classifier_of_other_classes_takes_all_but_the_linear_layer(checkpoint, classifier_cfg):
     path, classifier = checkpoint
     other = build_model(classifier_cfg("MODEL.CLASSIFIER.NUM_CLASSES", 3))
