@@ -9,8 +9,8 @@ forward (:func:`standardize_once`), its weight is made once, and kept.
 
 import contextlib
 import sys
-import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import torch
 from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv
@@ -170,14 +170,11 @@ class ReparametrizedConv2d(Conv2d):
         super().__setattr__(name, value)
 
 
-class _Scope(threading.local):
-    """What :func:`standardize_once` shares, in each thread for itself."""
-
-    weights: dict[int, torch.Tensor | None] | None = None
-    mode: tuple = ()
-
-
-_scope = _Scope()
+# What standardize_once shares, in each thread for itself: weights by their convolutions' ids, and
+# the mode that they were made in.
+_scope: ContextVar[tuple[dict[int, torch.Tensor | None], tuple] | None] = ContextVar(
+    "standardize_once", default=None
+)
 
 
 def _mode() -> tuple:
@@ -202,24 +199,24 @@ def standardize_once(module: nn.Module) -> Iterator[None]:
     For one forward, in this thread, of a head whose convolutions run on every feature level.
     Parameters must not change within; the next forward computes anew.
     """
-    outer = _scope.weights, _scope.mode
     convs = [id(child) for child in module.modules() if isinstance(child, ReparametrizedConv2d)]
-    _scope.weights, _scope.mode = dict.fromkeys(convs), _mode()
+    token = _scope.set((dict.fromkeys(convs), _mode()))
     try:
         yield
     finally:
-        _scope.weights, _scope.mode = outer
+        _scope.reset(token)
 
 
 def _shared_weight(conv: ReparametrizedConv2d) -> torch.Tensor | None:
-    if torch.compiler.is_compiling() or not _scope.weights:
+    scope = None if torch.compiler.is_compiling() else _scope.get()
+    if scope is None:
         return None
-    if id(conv) not in _scope.weights or _scope.mode != _mode():
+    weights, mode = scope
+    if id(conv) not in weights or mode != _mode():
         return None
-    weight = _scope.weights[id(conv)]
-    if weight is None:
-        weight = _scope.weights[id(conv)] = conv.used_weight()
-    return weight
+    if weights[id(conv)] is None:
+        weights[id(conv)] = conv.used_weight()
+    return weights[id(conv)]
 
 
 def autocast_dtype(weight: torch.Tensor) -> torch.dtype | None:

@@ -45,7 +45,7 @@ def _cache_folder() -> Path:
     folder = Path(base) / "wsbcn_d2"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     about = folder.stat()
-    if hasattr(os, "getuid") and (about.st_uid != os.getuid() or about.st_mode & 0o022):
+    if about.st_uid != os.getuid() or about.st_mode & 0o022:
         raise OSError(f"{folder} can be written by others, so code is not loaded from it")
     return folder
 
