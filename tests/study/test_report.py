@@ -1,5 +1,7 @@
 """The report: whole in itself, and a browser without a network shows all of it."""
 
+import base64
+import io
 import os
 import re
 import shutil
@@ -51,6 +53,15 @@ def test_nothing_is_loaded_from_elsewhere(study):
     assert len(sources) == 5 + 5  # figures; truth and four columns of pictures
     assert all(source.startswith("data:image/") for source in sources)
     assert "url(" not in page
+
+
+def test_pictures_are_the_halves_of_what_a_run_has_drawn(study):
+    _, page, _ = study
+    found = re.findall(r'src="data:image/jpeg;base64,([^"]+)', page)
+    for content, color in zip(found, [TEAL, *[RED] * 4], strict=True):
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(content)))).astype(int)
+        assert pixels.shape == (90, 100, 3)  # without the gap between them, up to the edges
+        assert np.abs(pixels - color).max() <= 12
 
 
 def test_what_it_says(study):
