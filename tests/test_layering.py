@@ -35,7 +35,7 @@ ALLOWED = {
         "config",
         "folding",
     },
-    "predictor": {"checkpoint", "config", "data", "engine", "folding"},
+    "predictor": {"safe_yaml", "checkpoint", "config", "data", "engine", "folding"},
     "model_zoo": {"checkpoint", "config"},
     "study": {"files", "layers", "checkpoint", "engine", "config", "predictor"},
     "cli": {"checkpoint", "files", "config", "data", "engine", "predictor"},

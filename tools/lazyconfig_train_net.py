@@ -11,19 +11,7 @@ Wrong input is answered with one line and exit code 2, before anything is writte
 
 import sys
 
-from wsbcn_d2.engine import lazy
-from wsbcn_d2.engine.processes import run_command
-
-
-def check(args, **job):
-    """Refuse what cannot work."""
-    lazy.check_lazy_config(lazy.load_lazy_config(args.config_file, args.opts), **job)
-
-
-def cli() -> int:
-    """Check the command line, run the job; returns the exit code."""
-    return run_command(check, lazy.train_net)
-
+from wsbcn_d2.cli.train import main as cli
 
 if __name__ == "__main__":
     sys.exit(cli())

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import yaml
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data import transforms as T
@@ -18,10 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from .checkpoint import CheckpointError, LoadExpectation, WSBCNCheckpointer, split_options
-from .config import UsageError, load_config, one_line
+from .config import WRONG_MODEL, UsageError, load_config, one_line, refusing
 from .data.picture_range import read_picture
 from .engine.lazy import load_lazy_config
+from .engine.processes import is_python
 from .folding import fold as folded
+from .safe_yaml import read_yaml
 
 if TYPE_CHECKING:  # its import needs OpenCV, prediction does not
     from detectron2.utils.visualizer import VisImage
@@ -115,17 +116,16 @@ class Predictor(DefaultPredictor):
         file, _ = split_options(path)
         if "://" not in file and not os.path.isfile(file):
             raise UsageError(f"checkpoint {file!r} not found: check its path")
-        if config_file is not None and _is_lazy(os.fspath(config_file)):
-            opts = [*opts, f"train.init_checkpoint={path!r}"]
-            cfg = load_lazy_config(os.fspath(config_file), opts)
+        config_file = _config_beside(file) if config_file is None else os.fspath(config_file)
+        if is_python(config_file):
+            cfg = load_lazy_config(config_file, [*opts, f"train.init_checkpoint={path!r}"])
         else:
-            config_file = _config_beside(file) if config_file is None else os.fspath(config_file)
             cfg = load_config(config_file, [*opts, "MODEL.WEIGHTS", path])
         try:
             predictor = cls(cfg, fold=fold)
         except (UsageError, CheckpointError):
             raise
-        except (KeyError, ValueError, AssertionError, AttributeError, TypeError) as error:
+        except WRONG_MODEL as error:
             raise UsageError(f"the model cannot be built: {one_line(error)}") from error
         if threshold is not None:
             for module in predictor.model.modules():
@@ -215,29 +215,13 @@ class _Sequence(T.AugmentationList):
         return self(T.AugInput(image))
 
 
-def _is_lazy(path: str) -> bool:
-    if path.endswith(".py"):
-        return True
-    try:
-        return "model" in _plain_yaml(path)
-    except UsageError:
-        return False  # refused, with its reason, where it is read
-
-
-def _plain_yaml(path: str) -> dict:
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"config file {path!r}: {one_line(error)}") from error
-    return content if isinstance(content, dict) else {}
-
-
 def _config_beside(weights: str) -> str:
     """The ``config.yaml`` of a run; of a stranger's folder too, so nothing in it may be code."""
     path = os.path.join(os.path.dirname(weights), "config.yaml")
     if "://" in weights or not os.path.isfile(path):
         raise UsageError(f"{weights!r} has no config.yaml beside it: say which with --config-file")
-    content = _plain_yaml(path)
+    with refusing("config file ", OSError, ValueError):
+        content = read_yaml(path)
     if "model" in content:
         raise UsageError(
             f"{path!r} is of a Python config, which is code: if you trust it, --config-file {path}"

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from detectron2.utils import comm
 
 from wsbcn_d2.engine import launch
-from wsbcn_d2.engine.processes import run_command, world_size_of
+from wsbcn_d2.engine.processes import is_python, run_command, world_size_of
 
 
 def arguments(**kwargs):
@@ -78,3 +78,23 @@ def test_under_torchrun_the_group_is_left_after_a_failure_too(torchrun):
 
 def test_a_command_keeps_its_name_and_what_it_says_of_itself():
     assert run_command.__name__ == "run_command" and "--num-gpus 0" in run_command.__doc__
+
+
+@pytest.mark.parametrize(
+    "name, text, expected",
+    [
+        ("absent.py", None, True),
+        ("config.yaml", "model: {_target_: a.b}\n", True),
+        ("config.yaml", "MODEL: {WEIGHTS: model}\n", False),
+        ("config.yaml", "model: !!python/object/apply:os.abort []\n", False),
+        ("absent.yaml", None, False),
+        ("", None, False),
+    ],
+)
+def test_a_python_config_is_known_by_its_name_or_by_what_its_run_has_saved(
+    tmp_path, name, text, expected
+):
+    path = tmp_path / name
+    if text:
+        path.write_text(text)
+    assert is_python(str(path) if name else "") is expected

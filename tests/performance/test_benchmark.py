@@ -47,7 +47,6 @@ def test_ratios_are_taken_within_a_round():
     slow, quick = (runner.measurement("", v) for v in ([1.0, 20.0, 3.0], [1.0, 10.0, 1.0]))
     # 1, 2, 3: the median is 2, the quartiles are 1.5 and 2.5.
     assert runner.ratio(slow, quick) == {"ratio": 2.0, "spread": 0.5}
-    assert runner.geometric_mean([1, 10, 100]) == pytest.approx(10)
 
 
 def test_mixed_precision_is_bfloat16_here_and_off_unless_asked_for():

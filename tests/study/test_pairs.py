@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from scipy.stats import ttest_rel
 
 from wsbcn_d2.study import compare_pairs
-from wsbcn_d2.study.pairs import pairs_csv, pairs_markdown
+from wsbcn_d2.study.pairs import pairs_csv, pairs_table
 from wsbcn_d2.study.stats import Difference, paired_difference
+from wsbcn_d2.study.summary import markdown
 
 from .helpers import make_record
 
@@ -88,7 +89,7 @@ def test_tasks_are_stated_one_by_one():
 def test_tables():
     records = records_of(gn=(1, {1: 40, 2: 42}, {}), ws=(1, {1: 50, 2: 53}, {}))
     pairs = compare_pairs(records)
-    lines = pairs_markdown(pairs).splitlines()
+    lines = markdown(*pairs_table(pairs)).splitlines()
     assert lines[0] == "| difference | images/step | box AP | mask AP | seeds | shown |"
     # 10 and 11: 12.7062 x 0.5.
     assert lines[2] == "| ws - gn | 1 | +10.5 ± 6.4 | +10.5 ± 6.4 | 2 | " + (
@@ -102,5 +103,5 @@ def test_tables():
 
 def test_a_name_with_a_bar_stays_one_cell():
     records = records_of(**{"a|b": (1, {1: 4, 2: 5}, {}), "c": (1, {1: 4, 2: 5}, {})})
-    for line in pairs_markdown(compare_pairs(records)).splitlines():
+    for line in markdown(*pairs_table(compare_pairs(records))).splitlines():
         assert line.replace(r"\|", "").count("|") == 7

@@ -8,7 +8,7 @@ import pytest
 
 from wsbcn_d2.study import mean_interval, summarize
 from wsbcn_d2.study.stats import t_quantile
-from wsbcn_d2.study.summary import differences, runs_csv, summary_csv, to_markdown
+from wsbcn_d2.study.summary import differences, markdown, runs_csv, summary_csv, table
 
 from .helpers import make_record
 
@@ -72,14 +72,14 @@ def test_summary():
 
 def test_markdown_and_csv():
     rows = summarize(_records())
-    lines = to_markdown(rows).splitlines()
+    lines = markdown(*table(rows)).splitlines()
     assert len(lines) == 2 + len(rows)
     assert lines[0].startswith("| variant | images/step | box AP | mask AP | seeds |")
     assert "| gn | 1 | 43.0 ± 9.0 |" in lines[2]
     assert "| gn | 2 | 30.0 |" in lines[4]
-    table = list(csv.DictReader(io.StringIO(summary_csv(rows))))
-    assert float(table[0]["bbox_ap_ci95"]) == pytest.approx(8.957, abs=1e-3)
-    assert table[2]["bbox_ap_ci95"] == ""
+    read = list(csv.DictReader(io.StringIO(summary_csv(rows))))
+    assert float(read[0]["bbox_ap_ci95"]) == pytest.approx(8.957, abs=1e-3)
+    assert read[2]["bbox_ap_ci95"] == ""
     points = list(csv.DictReader(io.StringIO(runs_csv(_records()))))
     assert len(points) == 7 * 2 * 2  # runs x tasks x evaluations
     assert {p["ap"] for p in points if p["seed"] == "3" and p["task"] == "bbox"} >= {"47.000"}
@@ -99,7 +99,7 @@ def test_every_cell_of_the_tables():
     assert rows[0].seeds == (1, 2, 3, 4) and rows[0].max_iter == 50
     # Medians of 0.1 0.3 0.4, of 3 7 8 9, of 700 900 1000.
     assert (rows[0].step_seconds, rows[0].train_seconds, rows[0].memory_mb) == (0.3, 7.5, 900)
-    assert to_markdown(rows).splitlines() == [
+    assert markdown(*table(rows)).splitlines() == [
         "| variant | images/step | box AP | mask AP | seeds | iterations | learning rate | s/step "
         "| training s | memory MB |",
         "| " + " | ".join(["---"] * 10) + " |",

@@ -17,7 +17,7 @@ from torch import nn
 from wsbcn_d2 import BatchChannelNorm2d, WSConv2d
 from wsbcn_d2.layers import reparametrized_conv
 
-from .runner import Runner, ratio
+from .runner import Runner, ratio, shown
 
 _DEPTH, _CHANNELS = 20, 64
 
@@ -60,10 +60,10 @@ def host_mode(runner: Runner, args) -> dict:
     }
     torch.set_num_threads(1)
     x = torch.randn(1, _CHANNELS, 1, 1, requires_grad=True)
-    dy = torch.randn_like(x)
+    dy, repeats = torch.randn_like(x), 1 if args.quick else 20
 
     def run(chain):
-        for _ in range(1 if args.quick else 20):
+        for _ in range(repeats):
             chain(x).backward(dy)
 
     torch.set_flush_denormal(True)  # which memory that no kernel has written may hold
@@ -71,15 +71,13 @@ def host_mode(runner: Runner, args) -> dict:
         chains = {n: nn.Sequential(*[f() for _ in range(_DEPTH)]) for n, f in makers.items()}
         times = runner.rounds({n: lambda c=c: run(c) for n, c in chains.items()})
     torch.set_flush_denormal(False)
-    scale = 1e6 / _DEPTH / (1 if args.quick else 20)
+    scale = 1e6 / _DEPTH / repeats
     rows = [{"name": n, "us": t.median * scale, "iqr": t.iqr * scale} for n, t in times.items()]
     print(f"one of {_DEPTH} layers in a chain, forward + backward, launches stubbed")
     for row in rows:
         print(f"{row['name']:16} {row['us']:7.1f} us +- {row['iqr'] / 2:.1f}")
-    summary = {
-        "BCN / GroupNorm": ratio(times["BCN"], times["GroupNorm"]),
-        "WS convolution / convolution": ratio(times["WS convolution"], times["convolution"]),
-    }
-    for name, value in summary.items():
-        print(f"{name}: {value['ratio']:.2f}+-{value['spread']:.2f}")
+    compared = [("BCN", "GroupNorm"), ("WS convolution", "convolution")]
+    summary = {f"{a} / {b}": ratio(times[a], times[b]) for a, b in compared}
+    for name, found in summary.items():
+        print(f"{name}: {shown(found)}")
     return {"mode": "host", "rows": rows, "summary": summary}

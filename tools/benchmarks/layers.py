@@ -1,6 +1,7 @@
 """Single layers of tools/benchmark.py: norms over activations, standardization of weights."""
 
 from pathlib import Path
+from statistics import geometric_mean
 
 import torch
 from detectron2.modeling import build_model
@@ -9,7 +10,7 @@ from torch import nn
 from wsbcn_d2 import BatchChannelNorm2d, WSConv2d, standardize_weight
 from wsbcn_d2.engine import load_config
 
-from .runner import Runner, geometric_mean, milliseconds, ratio
+from .runner import Run, Runner, milliseconds, ratio, shown
 
 _R50_FPN = "configs/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_2x_gn_ws_1img.yaml"
 
@@ -69,58 +70,50 @@ def saved_bytes(module: nn.Module, x: torch.Tensor) -> int:
 
 def layer_mode(runner: Runner, args) -> dict:
     """Norms over the activations of R-50-FPN."""
+    makers = {"gn": lambda c: nn.GroupNorm(32, c), "bcn": BatchChannelNorm2d, "bn": nn.BatchNorm2d}
+    compared = {
+        "bcn / gn fwd": ("bcn fwd", "gn fwd"),
+        "bcn / gn": ("bcn", "gn"),
+        "bcn / bn": ("bcn", "bn"),
+    }
+    if args.released:
+        makers["released"] = ReleasedBCN
+        compared["released / bcn"] = ("released", "bcn")
     rows = []
-    print("ratios to nn.GroupNorm: BCN fwd, BCN fwd+bwd, bytes kept; then others, fwd+bwd")
+    print("forward and backward, or forward alone (fwd); bytes kept, bcn / gn; time of gn")
     for images in args.images:
-        for c, h, w in r50_fpn_shapes(*args.image_size):
-            x = torch.randn(images, c, h, w, device=args.device)
+        for shape in r50_fpn_shapes(*args.image_size):
+            x = torch.randn(images, *shape, device=args.device)
             if args.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last)
-            dy = torch.randn_like(x)
-            x.requires_grad_()
-            norms = {"gn": nn.GroupNorm(32, c), "bcn": BatchChannelNorm2d(c)}
-            norms["bn"] = nn.BatchNorm2d(c)
-            if args.released:
-                norms["released"] = ReleasedBCN(c)
-            norms = {name: norm.to(args.device) for name, norm in norms.items()}
-
-            def both(norm, x=x, dy=dy):
-                y = norm(x)
-                y.backward(dy.to(y.dtype))
-                x.grad = None
-
-            runs = {f"{name} fwd": lambda n=norm, x=x: n(x) for name, norm in norms.items()}
-            runs |= {name: lambda n=norm, both=both: both(n) for name, norm in norms.items()}
-            times = runner.rounds(runs)
-            row = {"shape": [images, c, h, w], "ms": {k: milliseconds(v) for k, v in times.items()}}
-            row["bcn / gn fwd"] = ratio(times["bcn fwd"], times["gn fwd"])
-            row["bcn / gn"] = ratio(times["bcn"], times["gn"])
+            norms = {name: make(shape[0]).to(args.device) for name, make in makers.items()}
+            times = runner.rounds(_layer_runs(norms, x.requires_grad_()))
+            ms = {name: milliseconds(time) for name, time in times.items()}
+            ratios = {key: ratio(times[a], times[b]) for key, (a, b) in compared.items()}
             with runner.autocast():
-                kept = {name: saved_bytes(norms[name], x) for name in ("gn", "bcn")}
-            row["bytes"] = kept["bcn"] / kept["gn"]
-            row["bcn / bn"] = ratio(times["bcn"], times["bn"])
-            if args.released:
-                row["released / bcn"] = ratio(times["released"], times["bcn"])
-            rows.append(row)
-            print_row("x".join(map(str, row["shape"])), row, row["ms"]["gn"])
-    keys = [key for key in rows[0] if isinstance(rows[0][key], dict) and "ratio" in rows[0][key]]
-    summary = {key: geometric_mean(row[key]["ratio"] for row in rows) for key in keys}
+                kept = saved_bytes(norms["bcn"], x) / saved_bytes(norms["gn"], x)
+            rows.append({"shape": [images, *shape], "ms": ms, **ratios, "bytes": kept})
+            name = "x".join(map(str, rows[-1]["shape"]))
+            parts = "  ".join(f"{key} {shown(found)}" for key, found in ratios.items())
+            print(f"{name:18}  {parts}  bytes {kept:.3f}  ({ms['gn']:.3g} ms)", flush=True)
+    summary = {key: geometric_mean(row[key]["ratio"] for row in rows) for key in compared}
     summary["bytes (largest)"] = max(row["bytes"] for row in rows)
-    total = {name: sum(row["ms"][name] for row in rows) for name in ("gn", "bcn")}
-    summary["bcn / gn, sum of times"] = total["bcn"] / total["gn"]
+    bcn, gn = (sum(row["ms"][name] for row in rows) for name in ("bcn", "gn"))
+    summary["bcn / gn, sum of times"] = bcn / gn
     print("geometric means: " + ", ".join(f"{k} {v:.3f}" for k, v in summary.items()))
     return {"mode": "layer", "rows": rows, "summary": summary}
 
 
-def print_row(name: str, row: dict, base: float) -> None:
-    """One line: ratios with spread, then the base's milliseconds."""
-    parts = [f"{name:20}"]
-    for key, value in row.items():
-        if isinstance(value, dict) and "ratio" in value:
-            parts.append(f"{key} {value['ratio']:.2f}+-{value['spread']:.2f}")
-        elif key == "bytes":
-            parts.append(f"bytes {value:.3f}")
-    print("  ".join(parts), f" ({base:.3g} ms)", flush=True)
+def _layer_runs(norms: dict[str, nn.Module], x: torch.Tensor) -> dict[str, Run]:
+    dy = torch.randn_like(x)
+
+    def both(norm):
+        y = norm(x)
+        y.backward(dy.to(y.dtype))
+        x.grad = None
+
+    forward = {f"{name} fwd": lambda n=norm: n(x) for name, norm in norms.items()}
+    return forward | {name: lambda n=norm: both(n) for name, norm in norms.items()}
 
 
 def five_ops(weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
@@ -156,8 +149,9 @@ def ws_mode(runner: Runner, args) -> dict:
     }
     functions |= {"five-op formula": five_ops, "copy": torch.clone}
     times = runner.rounds({name: lambda f=f: run(f) for name, f in functions.items()})
-    rows = [{"name": name, "ms": milliseconds(times[name])} for name in functions]
-    for row in rows:
-        row["time / ours"] = ratio(times[row["name"]], times["unbiased"])
-        print_row(row["name"], row, row["ms"])
+    rows = []
+    for name, time in times.items():
+        ms, found = milliseconds(time), ratio(time, times["unbiased"])
+        rows.append({"name": name, "ms": ms, "time / ours": found})
+        print(f"{name:18}  time / ours {shown(found)}  ({ms:.3g} ms)")
     return {"mode": "ws", "rows": rows}

@@ -4,10 +4,9 @@ import argparse
 import contextlib
 import ctypes
 import gc
-import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -116,7 +115,6 @@ def ratio(a: benchmark.Measurement, b: benchmark.Measurement) -> dict[str, float
     return {"ratio": ratios.median, "spread": ratios.iqr / 2}
 
 
-def geometric_mean(values: Iterable[float]) -> float:
-    """Geometric mean of positive numbers."""
-    values = list(values)
-    return math.exp(sum(math.log(v) for v in values) / len(values))
+def shown(found: dict[str, float]) -> str:
+    """A ratio with its spread."""
+    return f"{found['ratio']:.3f}+-{found['spread']:.3f}"

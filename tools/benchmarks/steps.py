@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.structures import BitMasks, Boxes, Instances
@@ -15,7 +16,7 @@ from wsbcn_d2.engine import ChannelMonitor, load_config
 from wsbcn_d2.layers import BatchChannelNorm2d, WSConv2d
 from wsbcn_d2.modeling.recomputation import recompute
 
-from .runner import Runner, halfway, milliseconds, ratio
+from .runner import Run, Runner, halfway, milliseconds, ratio, shown
 
 PERIOD, WINDOW = 100, 8  # of the monitor: tools/compare.py's period, the hook's own window
 
@@ -133,9 +134,8 @@ def _report(runner: Runner, what: str, images: int, runs: dict, times: dict) -> 
         rows.append(row)
         sizes = ", ".join(f"{key} {value / 2**20:.0f} MiB" for key, value in memory.items())
         print(
-            f"{what:6} {images} image(s)  time {row['time']['ratio']:.3f}"
-            f"+-{row['time']['spread']:.3f}  peak {row['peak']:.3f}  kept {row['kept']:.3f}  "
-            f"({row['ms']:.0f} ms, {sizes})  {name}",
+            f"{what:6} {images} image(s)  time {shown(row['time'])}  peak {row['peak']:.3f}  "
+            f"kept {row['kept']:.3f}  ({row['ms']:.0f} ms, {sizes})  {name}",
             flush=True,
         )
     return rows
@@ -148,38 +148,30 @@ def monitor_mode(runner: Runner, args) -> dict:
         cfg, model = load(path, args.device)
         for images in args.images:
             step = training(cfg, model.train(), args, images)
-            trainer = SimpleNamespace(model=model, storage=EventStorage(), iter=0)
             # Periods as short as a window: every step is watched, the last one sums up.
-            monitor = ChannelMonitor(WINDOW, WINDOW)
-            monitor.trainer = trainer
-            monitor.before_train()
-            times = runner.rounds({"watched": _window(step, monitor), "plain": _window(step)})
-            row = {
-                "config": path,
-                "images": images,
-                "ms": milliseconds(times["plain"]) / WINDOW,
-            }
-            row["time"] = ratio(times["watched"], times["plain"])
-            row["share"] = (row["time"]["ratio"] - 1) * WINDOW / PERIOD
-            rows.append(row)
+            hooks = {"watched": ChannelMonitor(WINDOW, WINDOW), "plain": HookBase()}
+            for hook in hooks.values():
+                hook.trainer = SimpleNamespace(model=model, storage=EventStorage(), iter=0)
+                hook.before_train()
+            times = runner.rounds({name: _window(step, hook) for name, hook in hooks.items()})
+            time = ratio(times["watched"], times["plain"])
+            ms = milliseconds(times["plain"]) / WINDOW
+            share = (time["ratio"] - 1) * WINDOW / PERIOD
+            rows.append({"config": path, "images": images, "ms": ms, "time": time, "share": share})
             print(
-                f"{images} image(s)  watched / plain step {row['time']['ratio']:.3f}"
-                f"+-{row['time']['spread']:.3f}  {100 * row['share']:.2f} % of a training watched "
-                f"every {PERIOD} steps  ({row['ms']:.0f} ms a step)  {path}",
+                f"{images} image(s)  watched / plain step {shown(time)}  {100 * share:.2f} % of a "
+                f"training watched every {PERIOD} steps  ({ms:.0f} ms a step)  {path}",
                 flush=True,
             )
     return {"mode": "monitor", "rows": rows}
 
 
-def _window(step, monitor=None):
+def _window(step: Run, hook: HookBase) -> Run:
     def run():
         for i in range(WINDOW):
-            if monitor is None:
-                step()
-                continue
-            monitor.trainer.iter = i
-            monitor.before_step()
+            hook.trainer.iter = i
+            hook.before_step()
             step()
-            monitor.after_step()
+            hook.after_step()
 
     return run

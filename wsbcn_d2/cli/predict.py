@@ -30,10 +30,10 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils.logger import setup_logger
 from PIL import Image
 
-from ..config import one_line
+from ..config import one_line, refusing
 from ..data.picture_range import is_deep
 from ..engine import UsageError
-from ..engine.processes import one_line_errors
+from ..engine.processes import is_python, one_line_errors
 from ..files import progress, replacing
 from ..predictor import Predictor
 
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     setup_logger(name="wsbcn_d2")
     opts = list(args.opts)
     if args.device:
-        lazy = (args.config_file or "").endswith(".py")
+        lazy = args.config_file and is_python(args.config_file)
         opts += [f"train.device={args.device}"] if lazy else ["MODEL.DEVICE", args.device]
     predictor = Predictor.from_checkpoint(
         args.weights,
@@ -167,12 +167,11 @@ def _readable(path: Path) -> bool:
 
 def _check_picture(path: str) -> bool:
     """Whether a picture has more than 8 bits."""
-    try:
-        with Image.open(path) as image:
-            image.load()  # all of it: a file cut short says so at its end
-            deep = is_deep(image)
-    except Exception as error:  # a decoder of a damaged file raises anything
-        raise UsageError(f"{path!r} is no picture that can be read: {one_line(error)}") from error
+    # A decoder of a damaged file raises anything.
+    unread = refusing(f"{path!r} is no picture that can be read: ", Exception)
+    with unread, Image.open(path) as image:
+        image.load()  # all of it: a file cut short says so at its end
+        deep = is_deep(image)
     if not _format(path):
         raise UsageError(f"{path!r}: its name must end as a picture's, in .jpg or .png for example")
     return deep
@@ -198,14 +197,11 @@ def image_ids(sources: list[Source], annotations: str | None) -> list[int]:
     """
     if annotations is None:
         return list(range(1, len(sources) + 1))
-    try:
+    wrong, mend = (OSError, ValueError, TypeError, KeyError), " cannot be read, or is not in it"
+    with refusing(f"--annotations {annotations!r}: ", *wrong, mend=mend):
         images = json.loads(Path(annotations).read_text())["images"]
         ids = {os.path.basename(image["file_name"]): image["id"] for image in images}
         return [ids[os.path.basename(source.name)] for source in sources]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UsageError(
-            f"--annotations {annotations!r}: {one_line(error)} cannot be read, or is not in it"
-        ) from error
 
 
 def predict_pictures(

@@ -11,11 +11,11 @@ from detectron2.data.datasets import register_coco_instances
 from .names import is_free
 from .shapes import default_root
 
-__all__ = ["NUCLEI_SOURCE", "register_nuclei"]
+__all__ = ["register_nuclei"]
 
-NUCLEI_SOURCE = "https://bbbc.broadinstitute.org/BBBC038"
 _HOW_TO_GET = (
-    f"get stage1_train.zip (CC0) from {NUCLEI_SOURCE}, run tools/prepare_nuclei.py stage1_train.zip"
+    "get stage1_train.zip (CC0) from https://bbbc.broadinstitute.org/BBBC038, "
+    "run tools/prepare_nuclei.py stage1_train.zip"
 )
 
 

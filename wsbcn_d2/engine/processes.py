@@ -18,6 +18,7 @@ from detectron2.utils.logger import setup_logger
 from ..checkpoint import CheckpointError
 from ..config import UsageError
 from ..data import DataError
+from ..safe_yaml import read_yaml
 
 __all__ = [
     "is_python",
@@ -156,8 +157,11 @@ def run_command(check: Callable[..., None], main: Callable[[Namespace], object])
 
 
 def is_python(config_file: str) -> bool:
-    """Whether a config is of Python (LazyConfig), and not YAML."""
-    return config_file.endswith(".py")
+    """Whether a config is of Python (LazyConfig), or the YAML that a run of such a one saved."""
+    try:
+        return config_file.endswith(".py") or "model" in read_yaml(config_file)
+    except (OSError, ValueError):
+        return False  # refused, with its reason, where it is read
 
 
 def set_up_process(cfg: object, args: Namespace, output_dir: str, device: str) -> None:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .stats import Difference, paired_difference
-from .summary import group, interval_columns, markdown, task_label, tasks_of, text_csv
+from .summary import group, interval_columns, task_label, tasks_of, text_csv
 
-__all__ = ["Pair", "compare_pairs", "pairs_csv", "pairs_markdown", "pairs_table"]
+__all__ = ["Pair", "compare_pairs", "pairs_csv", "pairs_table"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def compare_pairs(records: Sequence[dict]) -> list[Pair]:
 
 def pairs_table(pairs: Sequence[Pair]) -> tuple[list[str], list[list[str]]]:
     """Head and cells, as text."""
-    tasks = tasks_of(pairs)
+    tasks = tasks_of(pair.ap for pair in pairs)
     head = ["difference", "images/step", *map(task_label, tasks), "seeds", "shown"]
     cells = [
         [
@@ -77,11 +77,6 @@ def pairs_table(pairs: Sequence[Pair]) -> tuple[list[str], list[list[str]]]:
         for pair in pairs
     ]
     return head, cells
-
-
-def pairs_markdown(pairs: Sequence[Pair]) -> str:
-    """The differences as a Markdown table."""
-    return markdown(*pairs_table(pairs))
 
 
 def pairs_csv(pairs: Sequence[Pair]) -> str:

@@ -3,19 +3,20 @@
 import io
 import itertools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
+from cycler import cycler
 from matplotlib.figure import Figure
 
 from .stats import mean_interval
-from .summary import group, summarize, task_label
+from .summary import group, summarize, task_label, tasks_of
 
-__all__ = ["make_figures", "png_bytes", "save_figures", "showcase"]
+__all__ = ["make_figures", "png_bytes", "showcase"]
 
 # Distinguishable with colour-blind eyes (Okabe and Ito), and a dash pattern beyond them.
-_COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
-_DASHES = ("-", "--", ":")
+_LOOKS = cycler(linestyle=("-", "--", ":")) * cycler(
+    color=("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+)
 _QUANTITIES = {
     "inactive": "share of inactive channels",
     "shift": "|mean| / std of a channel",
@@ -24,9 +25,8 @@ _QUANTITIES = {
 
 
 def _styles(records: Sequence[dict]) -> dict[str, dict]:
-    variants = list(dict.fromkeys(record["variant"] for record in records))
-    looks = zip(variants, itertools.cycle(itertools.product(_DASHES, _COLORS)), strict=False)
-    return {variant: {"color": color, "linestyle": dash} for variant, (dash, color) in looks}
+    variants = dict.fromkeys(record["variant"] for record in records)
+    return dict(zip(variants, _LOOKS(), strict=False))
 
 
 def _text(label: str) -> str:
@@ -95,10 +95,15 @@ def _grid(
     return figure
 
 
-def _by_images(records: Sequence[dict]) -> dict[int, str]:
-    """Columns of a grid: the numbers of images per step."""
+def _grid_by_images(records: Sequence[dict], rows: dict, curve_of: Callable, **how) -> Figure:
+    """A grid with a column for each number of images per step."""
     counts = sorted({record["images_per_step"] for record in records})
-    return {count: f"{count} image{'s' * (count > 1)} per step" for count in counts}
+    columns = {count: f"{count} image{'s' * (count > 1)} per step" for count in counts}
+
+    def of_count(record, row, count):
+        return curve_of(record, row) if record["images_per_step"] == count else None
+
+    return _grid(records, rows, columns, of_count, **how)
 
 
 def _at_fewest_images(records: Sequence[dict]) -> list[dict]:
@@ -107,13 +112,10 @@ def _at_fewest_images(records: Sequence[dict]) -> list[dict]:
 
 
 def _ap_figure(records: Sequence[dict], column: int, xlabel: str) -> Figure:
-    tasks = sorted({task for record in records for task in record["ap"]})
-
-    def curve_of(record, task, images):
-        return record["ap"].get(task) if record["images_per_step"] == images else None
-
-    labels = {task: task_label(task) for task in tasks}
-    return _grid(records, labels, _by_images(records), curve_of, xlabel=xlabel, column=column)
+    rows = {task: task_label(task) for task in tasks_of(record["ap"] for record in records)}
+    return _grid_by_images(
+        records, rows, lambda record, task: record["ap"].get(task), xlabel=xlabel, column=column
+    )
 
 
 def showcase(records: Sequence[dict], strip: dict[str, np.ndarray]) -> Figure:
@@ -124,7 +126,7 @@ def showcase(records: Sequence[dict], strip: dict[str, np.ndarray]) -> Figure:
         strip: title to pixels, (height, width, 3) of uint8, from left to right.
     """
     records = _at_fewest_images(records)
-    styles, tasks = _styles(records), sorted({task for r in records for task in r["ap"]})
+    styles, tasks = _styles(records), tasks_of(record["ap"] for record in records)
     figure = Figure(figsize=(10, 5.6), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1.6, 1))
     axes = above.subplots(1, len(tasks), squeeze=False)
@@ -150,7 +152,7 @@ def showcase(records: Sequence[dict], strip: dict[str, np.ndarray]) -> Figure:
 def _final_figure(records: Sequence[dict]) -> Figure:
     """Final AP: mean and interval, and every seed as a dot."""
     styles, groups, rows = _styles(records), group(records), summarize(records)
-    tasks = sorted({task for row in rows for task in row.ap})
+    tasks = tasks_of(row.ap for row in rows)
     figure = Figure((5.2 * len(tasks), 1.2 + 0.32 * len(rows)), layout="constrained")
     for ax, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for place, row in enumerate(rows):
@@ -174,12 +176,9 @@ def _final_figure(records: Sequence[dict]) -> Figure:
 def _loss_figure(records: Sequence[dict]) -> Figure | None:
     if not any(record["loss"] for record in records):
         return None
-
-    def curve_of(record, _, images):
-        return record["loss"] if record["images_per_step"] == images else None
-
     how = {"sharey": True, "from_zero": False, "band": False}
-    return _grid(records, {"loss": "training loss"}, _by_images(records), curve_of, **how)
+    rows = {"loss": "training loss"}
+    return _grid_by_images(records, rows, lambda record, row: record[row], **how)
 
 
 def _channel_figure(records: Sequence[dict]) -> Figure | None:
@@ -213,17 +212,8 @@ def make_figures(records: Sequence[dict]) -> dict[str, Figure]:
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def png_bytes(figure: Figure, dpi: int = 90) -> bytes:
+def png_bytes(figure: Figure) -> bytes:
     """The figure as a PNG file's contents; without date, so that equal data gives equal bytes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=90, metadata={"Software": None})
     return buffer.getvalue()
-
-
-def save_figures(figures: dict[str, Figure], folder: Path) -> dict[str, bytes]:
-    """Write each figure as ``folder/<name>.png``; returns the files' contents by name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    contents = {name: png_bytes(figure) for name, figure in figures.items()}
-    for name, content in contents.items():
-        (folder / f"{name}.png").write_bytes(content)
-    return contents

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..files import replacing
-from .pairs import compare_pairs, pairs_csv, pairs_markdown, pairs_table
-from .plots import make_figures, save_figures, showcase
-from .summary import differences, group, runs_csv, summarize, summary_csv, table, to_markdown
+from .pairs import compare_pairs, pairs_csv, pairs_table
+from .plots import make_figures, png_bytes, showcase
+from .summary import differences, group, markdown, runs_csv, summarize, summary_csv, table
 
 __all__ = ["write_report"]
 
@@ -186,7 +186,11 @@ def write_report(
     figures = make_figures(records)
     if strip:
         figures = {"showcase": _showcase(records, root, strip)} | figures
-    for name, content in save_figures(figures, root / "plots").items():
+    plots = root / "plots"
+    plots.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        content = png_bytes(figure)
+        (plots / f"{name}.png").write_bytes(content)
         parts.append(f"<h2>{_TITLES[name]}</h2>\n{_image(content, 'png', _TITLES[name])}\n")
         parts.append(f'<p class="note">{html.escape(_NOTES.get(name, ""))}</p>\n')
     parts.append(f"<h2>Predictions</h2>\n{_pictures(records, root)}")
@@ -197,9 +201,9 @@ def write_report(
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
         f"<body>\n{''.join(parts)}</body></html>\n"
     )
-    files = {"results.md": to_markdown(rows), "results.csv": summary_csv(rows)}
+    files = {"results.md": markdown(*table(rows)), "results.csv": summary_csv(rows)}
     if pairs:
-        files["results.md"] += f"\n{pairs_markdown(pairs)}"
+        files["results.md"] += f"\n{markdown(*pairs_table(pairs))}"
         files["pairs.csv"] = pairs_csv(pairs)
     for name, text in {**files, "runs.csv": runs_csv(records), "report.html": page}.items():
         with replacing(root / name) as part:

@@ -3,7 +3,7 @@
 import csv
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .plan import default_of
@@ -22,7 +22,6 @@ __all__ = [
     "task_label",
     "tasks_of",
     "text_csv",
-    "to_markdown",
 ]
 
 TASKS = {
@@ -59,9 +58,9 @@ def task_label(task: str) -> str:
     return TASKS.get(task, f"{task} AP")
 
 
-def tasks_of(rows: Sequence) -> list[str]:
-    """Tasks that any row, or pair, has a result of."""
-    return sorted({task for row in rows for task in row.ap})
+def tasks_of(results: Iterable[dict]) -> list[str]:
+    """Tasks that are in any of some dicts by task."""
+    return sorted({task for result in results for task in result})
 
 
 def group(records: Sequence[dict]) -> dict[tuple[str, int], list[dict]]:
@@ -108,8 +107,8 @@ def _number(value: float | None, form: str) -> str:
 
 
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Head and cells of the summary, as text."""
-    tasks = tasks_of(rows)
+    """Head and cells of the summary, as :func:`markdown` takes them."""
+    tasks = tasks_of(row.ap for row in rows)
     head = ["variant", "images/step", *map(task_label, tasks)]
     head += ["seeds", "iterations", "learning rate", "s/step", "training s", "memory MB"]
     cells = [
@@ -129,11 +128,6 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return head, cells
 
 
-def to_markdown(rows: Sequence[Row]) -> str:
-    """The summary as a Markdown table."""
-    return markdown(*table(rows))
-
-
 def markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """A Markdown table; whatever a cell has in it, it stays one."""
     lines = [[text.replace("|", "\\|") for text in line] for line in (head, *cells)]
@@ -150,7 +144,7 @@ def text_csv(lines: Sequence[Sequence]) -> str:
 
 def interval_columns(results: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     """Head and cells of a CSV file's columns with mean and half width of each task's interval."""
-    tasks = sorted({task for result in results for task in result})
+    tasks = tasks_of(results)
     head = [f"{task}_ap_{what}" for task in tasks for what in ("mean", "ci95")]
     lines = [[x for task in tasks for x in result.get(task, (None, None))] for result in results]
     return head, [["" if x is None else f"{x:.3f}" for x in line] for line in lines]

@@ -46,10 +46,7 @@ def register_shapes_split(
     Args:
         name: data set name in Detectron2's catalogs.
         root: folder that holds data sets; as for `register_shapes`.
-        split: name of the split; the name takes part in the seed.
-        num_images: number of images.
-        seed: seed of all randomness.
-        image_size: smallest and largest side in pixels.
+        split, num_images, seed, image_size: as for `write_shapes`.
 
     Raises:
         ValueError: if `name` belongs to another data set, or for arguments `ShapesSpec` refuses.
