@@ -20,11 +20,10 @@ import sys
 from detectron2.modeling import build_model
 
 from wsbcn_d2 import fold
-from wsbcn_d2.checkpoint import WSBCNCheckpointer
+from wsbcn_d2.checkpoint import LoadExpectation, WSBCNCheckpointer
 from wsbcn_d2.checkpoint.saving import save
 from wsbcn_d2.config import WRONG_MODEL, load_config, refusing
 from wsbcn_d2.engine.processes import one_line_errors
-from wsbcn_d2.engine.trainer import expectation
 from wsbcn_d2.folding import lazy_state_dict, stock_state_dict
 
 _LAYOUTS = {
@@ -51,7 +50,7 @@ def main(argv=None) -> None:
     cfg = load_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
     with refusing("the model cannot be built: ", *WRONG_MODEL):
         model = build_model(cfg)
-    WSBCNCheckpointer(model, expected=expectation(cfg, model)).load(args.weights)
+    WSBCNCheckpointer(model, expected=LoadExpectation.from_model(model, cfg)).load(args.weights)
     with refusing(f"{args.weights}: ", ValueError):
         state = _LAYOUTS[args.layout](model)
     save({"model": state, "__author__": "wsbcn_d2"}, args.output)

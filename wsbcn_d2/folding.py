@@ -15,7 +15,8 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .layers import BatchChannelNorm2d, WNConv2d, WSConv2d, normalize_weight, standardize_weight
+from .layers import BatchChannelNorm2d
+from .layers.reparametrized_conv import ReparametrizedConv2d
 
 __all__ = ["fold", "lazy_state_dict", "stock_state_dict"]
 
@@ -49,10 +50,8 @@ def fold(model: nn.Module) -> nn.Module:
                 parametrize.remove_parametrizations(module, name)
     pairs = _pairs(model)
     for module in list(model.modules()):
-        if type(module) is WSConv2d:
-            _drop_ws(module)
-        elif isinstance(module, WNConv2d):
-            _drop_wn(module)
+        if isinstance(module, ReparametrizedConv2d):
+            _make_plain(module)
     group_norms: dict[nn.Module, nn.Module] = {}  # of shared norms too
     for conv, parent, name in pairs:
         norm = parent._modules[name]
@@ -158,17 +157,13 @@ def _foldable(norm) -> bool:
     )
 
 
-def _drop_ws(conv: WSConv2d) -> None:
-    _set_weight(conv, standardize_weight(conv.weight, formula=conv.ws_formula, eps=conv.ws_eps))
+def _make_plain(conv: ReparametrizedConv2d) -> None:
+    weight_of, parameters = conv.recipe()
+    _set_weight(conv, weight_of(*parameters))
+    for name in ("ws_formula", "ws_eps"):
+        vars(conv).pop(name, None)
+    conv._parameters.pop("weight_g", None)
     conv.__class__ = Conv2d
-    del conv.ws_formula, conv.ws_eps
-
-
-def _drop_wn(conv: WNConv2d) -> None:
-    length, options = conv.weight_g, {"centred": conv.centred, "eps": conv.ws_eps}
-    _set_weight(conv, normalize_weight(conv.weight, length, **options))
-    conv.__class__ = Conv2d
-    del conv.weight_g, conv.ws_eps
 
 
 def _set_weight(conv: nn.Conv2d, weight: torch.Tensor) -> None:

@@ -110,7 +110,8 @@ def get(config_path: str, trained: bool = False, device: str | None = None) -> n
         device = "cpu"
     if isinstance(cfg, CfgNode):
         cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
-        model, expected = build_model(cfg), LoadExpectation.from_cfg(cfg)
+        model = build_model(cfg)
+        expected = LoadExpectation.from_model(model, cfg)
         weights = cfg.MODEL.WEIGHTS
     else:
         model, expected = instantiate(cfg.model).to(device or cfg.train.device), None

@@ -16,10 +16,9 @@ from detectron2.engine import DefaultPredictor
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from .checkpoint import CheckpointError, WSBCNCheckpointer, split_options
+from .checkpoint import CheckpointError, LoadExpectation, WSBCNCheckpointer, split_options
 from .config import WRONG_MODEL, UsageError, load_config, one_line, refusing
 from .data.picture_range import read_picture
-from .engine.from_config import expectation
 from .engine.lazy import load_lazy_config
 from .engine.processes import is_python
 from .folding import fold as folded
@@ -67,7 +66,7 @@ class Predictor(DefaultPredictor):
                 unloaded.INPUT.FORMAT = "BGR"
             super().__init__(unloaded)
             self.picture_range = cfg.INPUT.PICTURE_RANGE
-            weights, expected = cfg.MODEL.WEIGHTS, expectation(cfg, self.model)
+            weights, expected = cfg.MODEL.WEIGHTS, LoadExpectation.from_model(self.model, cfg)
             self.cfg = cfg.clone()
         else:
             self._init_lazy(cfg)

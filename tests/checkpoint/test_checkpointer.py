@@ -188,15 +188,18 @@ def test_an_epsilon_that_nothing_uses_is_not_warned_of(tmp_path, caplog):
     assert warned(caplog, model(formula="none"), path, expected=expected) == []
 
 
-def test_expectation_from_cfg_and_from_model():
+def test_expectation_of_a_model_with_and_without_a_config():
     cfg = small("SyncBCN", "biased")
     cfg.MODEL.WS.EPS = 1e-4
-    expected = LoadExpectation.from_cfg(cfg)
+    with torch.device("meta"):
+        built = ours.Parts(cfg, heads=False)
+        built.register_buffer("pixel_mean", torch.zeros(3, 1, 1))
+    expected = LoadExpectation.from_model(built, cfg)
     assert (expected.ws_formula, expected.norm, expected.ws_eps) == ("biased", "BCN", 1e-4)
     assert expected.pixel_mean == (103.53, 116.28, 123.675) and expected.input_format == "BGR"
     read = LoadExpectation.from_model(model("BCN", "biased"))
     assert (read.ws_formula, read.norm, read.ws_eps) == ("biased", "BCN", 1e-5)
-    stock = LoadExpectation.from_cfg(small("FrozenBN", "none"))
+    stock = LoadExpectation.from_model(model("FrozenBN", "none"), small("FrozenBN", "none"))
     assert (stock.ws_formula, stock.norm, stock.ws_eps) == ("none", "BN", None)
     assert LoadExpectation.from_model(model("GN", "none")).ws_formula == "none"
     bare = LoadExpectation.from_model(ours.bottom_up(small("GN", "unbiased_std")))

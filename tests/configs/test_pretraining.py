@@ -24,7 +24,7 @@ def checkpoint(classifier_cfg, tmp_path):
         for value in model.state_dict().values():
             if value.is_floating_point():
                 value.uniform_(0.5, 1.5)
-    saver = WSBCNCheckpointer(model, str(tmp_path), expected=LoadExpectation.from_cfg(cfg))
+    saver = WSBCNCheckpointer(model, str(tmp_path), expected=LoadExpectation.from_model(model, cfg))
     saver.save("classifier")
     return str(tmp_path / "classifier.pth"), model
 
@@ -77,7 +77,7 @@ def test_a_detector_takes_every_backbone_key(overrides, prefix, checkpoint):
     path, classifier = checkpoint
     cfg = load_config(DETECTOR, [*TINY, "MODEL.RESNETS.STEM_OUT_CHANNELS", "64", *overrides])
     model = build_model(cfg)
-    WSBCNCheckpointer(model, expected=LoadExpectation.from_cfg(cfg)).load(path)
+    WSBCNCheckpointer(model, expected=LoadExpectation.from_model(model, cfg)).load(path)
     source = {n.removeprefix("backbone."): v for n, v in classifier.state_dict().items()}
     own = model.state_dict()
     parts = ("stem", "res2", "res3", "res4", "res5")
@@ -112,6 +112,22 @@ def test_a_c4_detector_takes_res5_for_its_head(classifier_cfg):
     assert place_backbone(detector, detector).keys() == detector.keys()
 
 
+@pytest.mark.parametrize(
+    "stem,res5", [("backbone.bottom_up.",) * 2, ("backbone.", "roi_heads."), ("", "")]
+)
+def test_a_c4_detectors_resnet_is_placed_like_any(stem, res5):
+    """All four entries arrive, what a model lacks under its old name."""
+    names = "stem.conv1.weight", "res5.0.conv1.weight"
+    own = [stem + names[0], res5 + names[1]]
+    rest = [
+        "backbone.stem.conv1.norm.num_batches_tracked",
+        "roi_heads.box_predictor.cls_score.bias",
+    ]
+    state = {"backbone." + names[0]: 0, "roi_heads." + names[1]: 1, rest[0]: 2, rest[1]: 3}
+    placed = place_backbone(state, own)
+    assert placed == {own[0]: 0, own[1]: 1, rest[0]: 2, rest[1]: 3}
+
+
 def test_a_classifier_of_other_classes_takes_all_but_the_linear_layer(checkpoint, classifier_cfg):
     path, classifier = checkpoint
     other = build_model(classifier_cfg("MODEL.CLASSIFIER.NUM_CLASSES", 3))
@@ -137,13 +153,16 @@ def test_a_detector_that_does_not_fit_is_refused(overrides, message, checkpoint)
     cfg = load_config(DETECTOR, options)
     model = build_model(cfg)
     with pytest.raises(CheckpointError, match=message):
-        WSBCNCheckpointer(model, expected=LoadExpectation.from_cfg(cfg)).load(checkpoint[0])
+        WSBCNCheckpointer(model, expected=LoadExpectation.from_model(model, cfg)).load(
+            checkpoint[0]
+        )
 
 
 def test_other_pixel_statistics_are_warned_about(checkpoint, caplog):
     options = [*TINY, "MODEL.RESNETS.STEM_OUT_CHANNELS", "64", "MODEL.PIXEL_STD", "[1.0,1.0,1.0]"]
     cfg = load_config(DETECTOR, options)
-    checkpointer = WSBCNCheckpointer(build_model(cfg), expected=LoadExpectation.from_cfg(cfg))
+    model = build_model(cfg)
+    checkpointer = WSBCNCheckpointer(model, expected=LoadExpectation.from_model(model, cfg))
     warnings = []
     checkpointer.logger = type("Log", (), {"info": print, "warning": warnings.append})()
     checkpointer.load(checkpoint[0])

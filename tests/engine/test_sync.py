@@ -159,7 +159,7 @@ def test_the_sum_does_not_depend_on_who_has_what(world_size, seed, seen):
     mean = torch.randn(3, generator=generator)
     var = torch.rand(3, generator=generator)
     count = torch.tensor([5, 7 if seen else 0])
-    total = world_size * contribution(mean, var, count, layer)
+    total = world_size * contribution(mean, var, count, layer, torch.zeros(2, dtype=torch.bool))
     merged_mean, merged_var, merged_count = merge(total, world_size, layer, 2)
     expected_mean, expected_var = mean.double(), var.double()
     if not seen:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from wsbcn_d2 import WSConv2d, standardize_weight
 from wsbcn_d2.layers import CWNConv2d, WNConv2d
-from wsbcn_d2.layers.reparametrized_conv import recomputed_conv2d
+from wsbcn_d2.layers.recomputed_conv import recomputed_conv2d
 
 kinds = pytest.mark.parametrize("kind", [WSConv2d, WNConv2d, CWNConv2d])
 OPTIONS = [

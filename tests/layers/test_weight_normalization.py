@@ -195,7 +195,8 @@ def small_backbone(tiny_cfg):
         cfg = tiny_cfg("MODEL.WS.KIND", kind, "MODEL.RESNETS.DEPTH", 8)
         cfg.MODEL.BACKBONE.NAME = "build_ws_cifar_resnet_backbone"
         cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 32
-        return build_backbone(cfg), LoadExpectation.from_cfg(cfg)
+        backbone = build_backbone(cfg)
+        return backbone, LoadExpectation.from_model(backbone, cfg)
 
     return make
 
@@ -252,6 +253,7 @@ def test_folding(kind, small_backbone):
 def test_checkpoints_record_the_kind_and_fit_no_other(saved, small_backbone, tmp_path):
     model, expected = small_backbone(saved)
     assert LoadExpectation.from_model(model).ws_formula == expected.ws_formula
+    assert expected.ws_formula == ("unbiased" if saved == "ws" else saved)
     WSBCNCheckpointer(model, str(tmp_path), expected=expected).save("saved")
     path = str(tmp_path / "saved.pth")
     checkpoint = torch.load(path, weights_only=True)

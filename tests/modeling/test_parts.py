@@ -13,8 +13,12 @@ from model_families import FAMILIES, a_batch
 from torch import nn
 
 from wsbcn_d2 import BatchChannelNorm2d, EstimatedBatchNorm2d, WSConv2d, fold, get_cfg
-from wsbcn_d2.checkpoint import METADATA_KEY, CheckpointError, WSBCNCheckpointer
-from wsbcn_d2.engine.from_config import expectation
+from wsbcn_d2.checkpoint import (
+    METADATA_KEY,
+    CheckpointError,
+    LoadExpectation,
+    WSBCNCheckpointer,
+)
 from wsbcn_d2.layers import CWNConv2d, WNConv2d, standardize_weight
 from wsbcn_d2.modeling import standardize_parts
 
@@ -301,7 +305,9 @@ def test_what_was_built_is_recorded_and_checked(tiny_cfg, tmp_path):
     cfg = tiny(tiny_cfg, "MODEL.WS.PARTS", ["*"], "MODEL.WS.FORMULA", "biased")
     cfg.merge_from_list(["MODEL.FPN.OUT_CHANNELS", 48, "MODEL.BCN.NUM_GROUPS", "auto"])
     model = build_model(cfg)
-    WSBCNCheckpointer(model, str(tmp_path), expected=expectation(cfg, model)).save("model")
+    WSBCNCheckpointer(model, str(tmp_path), expected=LoadExpectation.from_model(model, cfg)).save(
+        "model"
+    )
     path = str(tmp_path / "model.pth")
     saved = torch.load(path, weights_only=True)[METADATA_KEY]
     assert saved["ws_formula"] == "biased" and saved["bcn_groups"] == [24, 32]
@@ -313,9 +319,9 @@ def test_what_was_built_is_recorded_and_checked(tiny_cfg, tmp_path):
         other.merge_from_list([key, value])
         model = build_model(other)
         with pytest.raises(CheckpointError, match=message):
-            WSBCNCheckpointer(model, expected=expectation(other, model)).load(path)
+            WSBCNCheckpointer(model, expected=LoadExpectation.from_model(model, other)).load(path)
     model = build_model(cfg)
-    WSBCNCheckpointer(model, expected=expectation(cfg, model)).load(path)
+    WSBCNCheckpointer(model, expected=LoadExpectation.from_model(model, cfg)).load(path)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def launches_stubbed():
         mock.patch.object(launch, "_raw_stream", lambda device: 0),
         mock.patch.object(launch._Code, "launch", stub),
         # On a GPU a standardized weight is kept until backward.
-        mock.patch.object(reparametrized_conv, "_recomputes", lambda *args: False),
+        mock.patch.object(reparametrized_conv, "recomputes", lambda *args: False),
     ):
         yield
     # What was prepared launches nothing.

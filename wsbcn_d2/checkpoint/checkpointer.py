@@ -1,6 +1,7 @@
 """Detectron2's checkpointer, without the silence."""
 
 import os
+from dataclasses import replace
 from urllib.parse import parse_qsl
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -111,7 +112,7 @@ class WSBCNCheckpointer(AtomicSaving, DetectionCheckpointer):
 
     def save(self, name: str, **kwargs) -> None:
         """As fvcore's, with the model's conventions recorded."""
-        metadata = self.expected.metadata().as_dict()
+        metadata = replace(self.expected, format="wsbcn_d2").as_dict()
         norms = [m for m in self.model.modules() if isinstance(m, BatchChannelNorm2d)]
         if norms:  # MODEL.BCN.NUM_GROUPS, as it turned out
             metadata["bcn_groups"] = sorted({norm.num_groups for norm in norms})

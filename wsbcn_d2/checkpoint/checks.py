@@ -7,7 +7,6 @@ are errors.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from detectron2.config import CfgNode
@@ -19,57 +18,18 @@ from .formats.recognise import detect_format, foreign_norm_kind
 from .layout import BOTTOM_UP, OPTIONAL_SUFFIX, norm_kind
 from .metadata import OTHER_KINDS, Metadata
 
-_NORM_KINDS = {
-    **dict.fromkeys(("BCN", "BatchBCN", "SyncBCN"), "BCN"),
-    **dict.fromkeys(("BN", "FrozenBN", "SyncBN", "nnSyncBN"), "BN"),
-    **dict.fromkeys(("naiveSyncBN", "naiveSyncBN_N", "CycleBatchNormList", "EstBN"), "BN"),
-    "GN": "GN",
-}
 
-
-@dataclass(frozen=True)
-class LoadExpectation:
-    """What a model needs of its weights; a field that is None is not checked.
-
-    Attributes:
-        ws_formula: of the backbone, "none" without WS.
-        norm: kind of the backbone's norm, "GN", "BCN" or "BN".
-        pixel_mean, pixel_std: as configured, three numbers each.
-        input_format: "RGB" or "BGR".
-        ws_eps: epsilon of the formula.
-    """
-
-    ws_formula: str | None = None
-    norm: str | None = None
-    pixel_mean: tuple[float, ...] | None = None
-    pixel_std: tuple[float, ...] | None = None
-    input_format: str | None = None
-    ws_eps: float | None = None
+class LoadExpectation(Metadata):
+    """What a model needs its weights to say of themselves; a field that is None is not checked."""
 
     @classmethod
-    def from_cfg(cls, cfg: CfgNode) -> "LoadExpectation":
-        """Reads a config: this project's, or a stock one (which has no WS).
-
-        Returns:
-            LoadExpectation; the norm is None for a backbone that is not a ResNet.
-        """
-        name = cfg.MODEL.BACKBONE.NAME
-        ws = cfg.MODEL.WS if name.startswith("build_ws_") and "WS" in cfg.MODEL else None
-        return cls(
-            ws_formula=(ws.FORMULA if ws.KIND == "ws" else ws.KIND) if ws else "none",
-            norm=_NORM_KINDS.get(cfg.MODEL.RESNETS.NORM) if "resnet" in name else None,
-            pixel_mean=tuple(map(float, cfg.MODEL.PIXEL_MEAN)),
-            pixel_std=tuple(map(float, cfg.MODEL.PIXEL_STD)),
-            input_format=cfg.INPUT.FORMAT,
-            ws_eps=float(ws.EPS) if ws else None,
-        )
-
-    @classmethod
-    def from_model(cls, model: nn.Module) -> "LoadExpectation":
-        """Reads a model itself, however it was built (LazyConfig, converted by hand).
+    def from_model(cls, model: nn.Module, cfg: CfgNode | None = None) -> "LoadExpectation":
+        """Reads a model itself, however it was built (by a config, converted by hand).
 
         Args:
             model: a detector or a backbone, not wrapped in DDP.
+            cfg: the YAML config that it was built by, if any, for its pixels: a model on "meta"
+                holds no numbers, and not every model keeps the channel order.
 
         Returns:
             LoadExpectation; the formula is None where standardized convs differ among themselves.
@@ -81,19 +41,28 @@ class LoadExpectation:
             if hasattr(module, "ws_formula") and f"{name}.weight".lstrip(".") in names
         }
         formula, eps = next(iter(found)) if len(found) == 1 else (None, None)
-        mean, std = getattr(model, "pixel_mean", None), getattr(model, "pixel_std", None)
+        if cfg is not None:
+            mean, std, order = cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.INPUT.FORMAT
+        else:
+            mean, std, order = (
+                getattr(model, name, None) for name in ("pixel_mean", "pixel_std", "input_format")
+            )
         return cls(
             ws_formula=formula if found else "none",
             norm=norm_kind(names),
-            pixel_mean=None if mean is None else tuple(mean.flatten().tolist()),
-            pixel_std=None if std is None else tuple(std.flatten().tolist()),
-            input_format=getattr(model, "input_format", None),
+            pixel_mean=_numbers(mean),
+            pixel_std=_numbers(std),
+            input_format=order,
             ws_eps=eps,
         )
 
-    def metadata(self) -> Metadata:
-        """Returns what a checkpoint saved from such a model records."""
-        return Metadata(format="wsbcn_d2", **vars(self))
+
+def _numbers(values) -> tuple[float, ...] | None:
+    return (
+        None
+        if values is None
+        else tuple(torch.as_tensor(values, dtype=torch.float64).flatten().tolist())
+    )
 
 
 def backbone_names(names) -> list[str]:

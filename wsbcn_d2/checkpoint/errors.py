@@ -16,11 +16,12 @@ class CheckpointError(ValueError):
 
 @contextlib.contextmanager
 def naming(file: str) -> Iterator[None]:
-    """Puts a file's name before the errors of what is done with its content."""
+    """Puts a file's name before the errors of what is done with its content, once."""
     try:
         yield
     except CheckpointError as error:
-        raise CheckpointError(f"{file}: {error}") from error
+        text = str(error)
+        raise type(error)(text if text.startswith(f"{file}: ") else f"{file}: {text}") from error
 
 
 class NotAdmittedError(CheckpointError):

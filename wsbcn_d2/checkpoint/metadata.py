@@ -3,10 +3,11 @@
 import math
 from dataclasses import asdict, dataclass, fields
 
+from ..layers import WS_FORMULAS
 from .errors import CheckpointError
 
 METADATA_KEY = "wsbcn_d2"
-FORMULAS = ("biased", "unbiased", "unbiased_std", "none")
+FORMULAS = (*WS_FORMULAS, "none")
 OTHER_KINDS = ("wn", "cwn")  # MODEL.WS.KIND, recorded in place of a formula
 
 

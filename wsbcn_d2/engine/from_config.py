@@ -1,6 +1,5 @@
 """What the parts of a run are made of, read off a config."""
 
-import dataclasses
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -9,9 +8,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.engine import HookBase
-from torch import nn
 
-from ..checkpoint import LoadExpectation
 from ..data import RangeMapper, classification_mapper
 from .hooks import EstimateSync, ResumedSchedule, UpdateRateSchedule
 from .monitor import ChannelMonitor
@@ -19,7 +16,6 @@ from .monitor import ChannelMonitor
 __all__ = [
     "build_mapper",
     "estimate_hooks",
-    "expectation",
     "resumed_schedule",
     "schedule_by_epochs",
 ]
@@ -71,23 +67,6 @@ def resumed_schedule(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> ResumedS
 
     take = cfg.SOLVER.ON_RESUME
     return ResumedSchedule(optimizer, values(_OPTIONS), values(_LENGTHS), take=take)
-
-
-def expectation(cfg: CfgNode, model: nn.Module) -> LoadExpectation:
-    """What the weights of a YAML config's model have to be, and what its checkpoints record.
-
-    The model is asked where ``MODEL.WS.PARTS`` and not the backbone's name decides.
-    """
-    expected = LoadExpectation.from_cfg(cfg)
-    if not cfg.MODEL.WS.PARTS:
-        return expected
-    own = {
-        (module.ws_formula, module.ws_eps)
-        for module in getattr(model, "backbone", model).modules()
-        if hasattr(module, "ws_formula")
-    }
-    formula, eps = own.pop() if len(own) == 1 else (None if own else "none", None)
-    return dataclasses.replace(expected, ws_formula=formula, ws_eps=eps)
 
 
 def schedule_by_epochs(cfg: CfgNode) -> CfgNode:

@@ -30,7 +30,7 @@ def contribution(
     var: torch.Tensor,
     count: torch.Tensor,
     layer: torch.Tensor,
-    outright: torch.Tensor | None = None,
+    outright: torch.Tensor,
 ) -> torch.Tensor:
     """What one process adds to the sum over processes.
 
@@ -40,8 +40,7 @@ def contribution(
             processes agreed on it.
         layer: shape (K,), int64: the layer of each channel.
         outright: shape (L,), bool: layers whose estimates start from what a batch of this step
-            set: the update rate is 1, or they had seen none before. None: those that have seen
-            at most one.
+            set: the update rate is 1, or they had seen none before.
 
     Returns:
         float64 vector of 3K + 3L sums-to-be, for :func:`merge`.
@@ -50,7 +49,7 @@ def contribution(
     seen = (count > 0).double()
     weight = seen[layer]
     moments = [weight * mean, weight * var, weight * mean.square()]
-    later = count > 1 if outright is None else (count > 1) & ~outright
+    later = (count > 1) & ~outright
     return torch.cat([*moments, seen, count.double(), later.double()])
 
 

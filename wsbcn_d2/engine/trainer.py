@@ -18,7 +18,7 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from torch import nn
 
-from ..checkpoint import CheckpointError, WSBCNCheckpointer
+from ..checkpoint import CheckpointError, LoadExpectation, WSBCNCheckpointer
 from ..config import load_config
 from ..data import classification_test_loader, register_coco_sets
 from ..modeling.recomputation import recompute
@@ -27,7 +27,6 @@ from .evaluation import build_evaluator
 from .from_config import (
     build_mapper,
     estimate_hooks,
-    expectation,
     resumed_schedule,
     schedule_by_epochs,
 )
@@ -88,7 +87,9 @@ class Trainer(DefaultTrainer):
         self.checkpointer = WSBCNCheckpointer(
             self.model,
             self.cfg.OUTPUT_DIR,
-            expected=expectation(self.cfg, getattr(self.model, "module", self.model)),
+            expected=LoadExpectation.from_model(
+                getattr(self.model, "module", self.model), self.cfg
+            ),
             trainer=weakref.proxy(self),
         )
         bcn = self.cfg.MODEL.BCN
@@ -165,7 +166,7 @@ def train_net(args: Namespace) -> OrderedDict | None:
     set_up_process(cfg, args, cfg.OUTPUT_DIR, cfg.MODEL.DEVICE)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        expected = expectation(cfg, model)
+        expected = LoadExpectation.from_model(model, cfg)
         WSBCNCheckpointer(model, cfg.OUTPUT_DIR, expected=expected).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )

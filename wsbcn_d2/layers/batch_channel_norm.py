@@ -152,7 +152,6 @@ class BatchChannelNorm2d(nn.GroupNorm):
             z = self.bn(x)
         return channel_norm(z, self.num_groups, self.weight, self.bias, self.eps)
 
-    @torch.jit.unused
     def _batch_half(self, x: torch.Tensor) -> torch.Tensor:
         bn = self.bn
         if type(bn) is EstimatedBatchNorm2d or not (bn.training and repeats()):
@@ -174,7 +173,6 @@ class BatchChannelNorm2d(nn.GroupNorm):
 
     __jit_unused_properties__ = ["statistics"]
 
-    @torch.jit.unused
     def _fused(self, x: torch.Tensor) -> torch.Tensor | None:
         bn = self.bn
         if not _constant(bn):

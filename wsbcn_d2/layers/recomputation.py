@@ -18,13 +18,11 @@ What is kept goes when the parameters have changed (the next step), and the olde
 :data:`KEPT` runs.
 """
 
-import sys
 import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils import checkpoint
 
 __all__ = ["KEPT", "packing", "recalled", "remember", "repeats"]
 
@@ -55,18 +53,8 @@ def packing() -> tuple[int, str] | None:
     Returns:
         A number and a name; None if nobody does.
     """
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if top is not None:
-        hooks = top(False)
-        return None if hooks is None else (id(hooks[0]), getattr(hooks[0], "__qualname__", ""))
-    # Before torch 2.8 only the stack of calls tells.
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename != checkpoint.__file__:
-        frame = frame.f_back
-    if frame is None:
-        return None
-    name = frame.f_code.co_name
-    return id(frame), "_recomputation_hook" if name == "recompute_fn" else name
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return None if hooks is None else (id(hooks[0]), getattr(hooks[0], "__qualname__", ""))
 
 
 def repeats() -> bool:

@@ -18,16 +18,12 @@ import math
 from typing import Final
 
 import torch
-from detectron2.layers import Conv2d
 from torch import nn
 
-from .reparametrized_conv import ReparametrizedConv2d, normalized_convs
+from .reparametrized_conv import Recipe, ReparametrizedConv2d
 from .weight_standardization import WSConv2d
 
 __all__ = ["WS_KINDS", "CWNConv2d", "WNConv2d", "convert_convs", "normalize_weight"]
-
-#: Values of MODEL.WS.KIND.
-WS_KINDS = ("ws", "wn", "cwn", "none")
 
 
 def _filters(weight: torch.Tensor, centred: bool) -> torch.Tensor:
@@ -90,62 +86,34 @@ class WNConv2d(ReparametrizedConv2d):
         """
         super().__init__(*args, **kwargs)
         self._check(self.weight)
-        self._adopt(self, ws_eps)
+        self._begin(self.ws_formula, ws_eps)
 
     @classmethod
-    def _check(cls, weight: torch.Tensor) -> None:
+    def _check(cls, weight: torch.Tensor, formula: str = "") -> None:
         if cls.centred and math.prod(weight.shape[1:]) < 2:
             raise ValueError(
                 f"a convolution weight of shape {tuple(weight.shape)} has one element per "
                 "filter: nothing to centre; use a plain convolution here"
             )
 
-    @classmethod
     @torch.no_grad()
-    def _adopt(cls, conv: Conv2d, eps: float) -> None:
-        """Make a convolution one of this class, in place."""
-        weight = conv.weight
-        length = _length(_filters(weight, cls.centred), eps).to(weight.dtype)
-        conv.__class__ = cls
-        conv.ws_eps = eps
+    def _begin(self, formula: str, eps: float) -> None:
+        weight = self.weight
+        length = _length(_filters(weight, self.centred), eps).to(weight.dtype)
+        self.ws_eps = eps
         # A stage that is frozen already stays frozen.
-        conv.weight_g = nn.Parameter(length, requires_grad=weight.requires_grad)
+        self.weight_g = nn.Parameter(length, requires_grad=weight.requires_grad)
 
     def used_weight(self) -> torch.Tensor:
         """The normalized weight."""
         return _normalize(self.weight, self.weight_g, self.centred, self.ws_eps)
 
-    @torch.jit.unused
-    def _recipe(self):
+    def recipe(self) -> Recipe:
         centred, eps = self.centred, self.ws_eps
         return lambda v, g: _normalize(v, g, centred, eps), (self.weight, self.weight_g)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, kind={self.ws_formula}, ws_eps={self.ws_eps:g}"
-
-    @classmethod
-    def convert(cls, module: nn.Module, *, eps: float = 1e-5) -> nn.Module:
-        """Reparametrize, in place, every convolution of ``module`` that carries a norm.
-
-        As :meth:`WSConv2d.convert`: the same convolutions, objects and parameters are kept.
-
-        Args:
-            module: any module; may itself be a convolution.
-            eps: stabilizer of the normalization.
-
-        Returns:
-            ``module``.
-
-        Raises:
-            ValueError: for a deformable convolution that carries a norm or, in CWN, one element
-                per filter; then nothing has been converted.
-        """
-        convs = normalized_convs(module)
-        for conv in convs:
-            cls._check(conv.weight)
-        for conv in convs:
-            cls._adopt(conv, eps)
-        return module
 
 
 class CWNConv2d(WNConv2d):
@@ -153,6 +121,22 @@ class CWNConv2d(WNConv2d):
 
     centred: Final[bool] = True
     ws_formula: Final[str] = "cwn"
+
+
+_CLASSES = {"ws": WSConv2d, "wn": WNConv2d, "cwn": CWNConv2d, "none": None}
+#: Values of MODEL.WS.KIND.
+WS_KINDS = tuple(_CLASSES)
+
+
+def conv_class(kind: str) -> type[ReparametrizedConv2d] | None:
+    """The convolution of a kind, None for "none".
+
+    Raises:
+        ValueError: for a kind that is not one of :data:`WS_KINDS`.
+    """
+    if kind not in _CLASSES:
+        raise ValueError(f"unknown MODEL.WS.KIND {kind!r}: use one of {', '.join(WS_KINDS)}")
+    return _CLASSES[kind]
 
 
 def convert_convs(
@@ -172,10 +156,5 @@ def convert_convs(
     Raises:
         ValueError: for an unknown kind, and as the kind's own conversion.
     """
-    if kind not in WS_KINDS:
-        raise ValueError(f"unknown MODEL.WS.KIND {kind!r}: use one of {', '.join(WS_KINDS)}")
-    if kind == "ws":
-        return WSConv2d.convert(module, formula=formula, eps=eps)
-    if kind == "none":
-        return module
-    return {"wn": WNConv2d, "cwn": CWNConv2d}[kind].convert(module, eps=eps)
+    kind_of_conv = conv_class(kind)
+    return kind_of_conv.convert(module, formula=formula, eps=eps) if kind_of_conv else module

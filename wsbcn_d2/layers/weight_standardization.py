@@ -17,12 +17,11 @@ import math
 from typing import Final
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from .kernels.autograd import fused_standardize
 from .kernels.dispatch import plain, ws_backend
-from .reparametrized_conv import ReparametrizedConv2d, autocast_dtype, normalized_convs
+from .reparametrized_conv import Recipe, ReparametrizedConv2d, autocast_dtype
 
 __all__ = ["WS_FORMULAS", "WSConv2d", "standardize_weight"]
 
@@ -62,18 +61,12 @@ def standardize_weight(
     _check_filters(weight, formula)
     if weight.shape[0] == 0:
         return weight
-    return _standardize(weight, formula, eps)
-
-
-# Apart, because TorchScript takes no keyword-only arguments with defaults, nor the checks.
-def _standardize(weight: torch.Tensor, formula: str, eps: float) -> torch.Tensor:
-    if torch.jit.is_scripting():
-        return readable(weight, formula, eps)
     return _standardize_as(weight, formula, eps, None)
 
 
-@torch.jit.unused
-def _standardize_as(weight: torch.Tensor, formula: str, eps: float, dtype: torch.dtype | None):
+def _standardize_as(
+    weight: torch.Tensor, formula: str, eps: float, dtype: torch.dtype | None
+) -> torch.Tensor:
     backend = ws_backend(weight)
     if backend is not None:
         return fused_standardize(backend, readable, weight, formula, eps, dtype)
@@ -137,22 +130,25 @@ class WSConv2d(ReparametrizedConv2d):
             ValueError: for an unknown formula, or one element per filter.
         """
         super().__init__(*args, **kwargs)
-        _check_filters(self.weight, ws_formula)
-        self.ws_formula = ws_formula
-        self.ws_eps = ws_eps
+        self._check(self.weight, ws_formula)
+        self._begin(ws_formula, ws_eps)
+
+    @classmethod
+    def _check(cls, weight: torch.Tensor, formula: str) -> None:
+        _check_filters(weight, formula)
+
+    def _begin(self, formula: str, eps: float) -> None:
+        self.ws_formula = formula
+        self.ws_eps = eps
 
     def used_weight(self) -> torch.Tensor:
         """The standardized weight, under autocast in the type in which it is read."""
+        weight, formula, eps = self.weight, self.ws_formula, self.ws_eps
         if torch.jit.is_scripting():
-            return readable(self.weight, self.ws_formula, self.ws_eps)
-        return self._used_weight()
+            return readable(weight, formula, eps)
+        else:  # TorchScript compiles what comes after a return
+            return _standardize_as(weight, formula, eps, autocast_dtype(weight))
 
-    @torch.jit.unused
-    def _used_weight(self):
-        weight = self.weight
-        return _standardize_as(weight, self.ws_formula, self.ws_eps, autocast_dtype(weight))
-
-    @torch.jit.unused
     def _in_one(self, x: torch.Tensor) -> torch.Tensor | None:
         weight = self.weight
         backend = ws_backend(weight) if plain(x) else None
@@ -164,43 +160,9 @@ class WSConv2d(ReparametrizedConv2d):
             self.ws_formula, self.ws_eps, readable,
         )  # fmt: skip
 
-    @torch.jit.unused
-    def _recipe(self):
+    def recipe(self) -> Recipe:
         formula, eps = self.ws_formula, self.ws_eps
-        return lambda weight: _standardize(weight, formula, eps), (self.weight,)
+        return lambda weight: _standardize_as(weight, formula, eps, None), (self.weight,)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, ws_formula={self.ws_formula}, ws_eps={self.ws_eps:g}"
-
-    @classmethod
-    def convert(
-        cls, module: nn.Module, *, formula: str = "unbiased", eps: float = 1e-5
-    ) -> nn.Module:
-        """Standardize, in place, every convolution of ``module`` that carries a norm.
-
-        Replaced are the modules whose type is exactly :class:`detectron2.layers.Conv2d` and
-        whose ``norm`` is not None. Convolutions without a norm (RPN, predictors, the mask
-        deconvolution) stay plain, as the paper prescribes. Identity, parameters, buffers, hooks
-        and aliases are kept (the class of the object changes, not the object): Detectron2's FPN
-        runs its convolutions from plain lists that a replacing conversion would miss.
-
-        Args:
-            module: any module; may itself be a convolution.
-            formula: one of :data:`WS_FORMULAS`.
-            eps: stabilizer of the standardization.
-
-        Returns:
-            ``module``.
-
-        Raises:
-            ValueError: for an unknown formula, one element per filter, or a deformable
-                convolution that carries a norm; then nothing has been converted.
-        """
-        convs = normalized_convs(module)
-        for conv in convs:
-            _check_filters(conv.weight, formula)
-        for conv in convs:
-            conv.__class__ = cls
-            conv.ws_formula = formula
-            conv.ws_eps = eps
-        return module

@@ -17,15 +17,9 @@ from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..layers import (
-    WS_KINDS,
-    bcn_groups,
-    convert_convs,
-    rebind,
-    set_update_rate,
-    skip_first_batch_init,
-)
+from ..layers import bcn_groups, rebind, set_update_rate, skip_first_batch_init
 from ..layers.reparametrized_conv import ReparametrizedConv2d
+from ..layers.weight_normalization import conv_class
 from .recomputation import modules_named
 
 __all__ = ["prepare", "register_preparation", "set_estimates", "standardize_parts"]
@@ -64,8 +58,7 @@ def standardize_parts(
     patterns = list(patterns)
     if not patterns:
         return model
-    if kind not in WS_KINDS:
-        raise ValueError(f"unknown MODEL.WS.KIND {kind!r}: use one of {', '.join(WS_KINDS)}")
+    wanted = conv_class(kind)
     chosen = [pattern for pattern in patterns if not pattern.startswith("!")]
     inside = _below(model, chosen)
     inside -= _below(model, [pattern[1:] for pattern in patterns if pattern.startswith("!")])
@@ -93,13 +86,17 @@ def standardize_parts(
             plain.append(f"{name} (one element per filter)")
         else:
             take.append(module)
-    if not take and not done and kind != "none":
+    if not take and not done and wanted is not None:
         what = f"; there are {', '.join(plain[:5])}" if plain else " and no convolution"
         raise ValueError(
             f"nothing to standardize in {', '.join(patterns)}: no convolution with a norm{what}"
         )
     for conv in take:
-        _convert(conv, kind=kind, formula=formula, eps=eps)
+        if type(conv) is nn.Conv2d:
+            conv.__class__ = Conv2d
+            conv.norm = conv.activation = None
+    if wanted is not None:
+        wanted.adopt(take, formula, eps)
     stay = f"; plain stay {len(plain)}: {', '.join(plain)}" if plain else ""
     logging.getLogger(__name__).info(
         f"{kind.upper()} in {len(take) + done} of {len(take) + done + len(plain)} convolutions of "
@@ -143,21 +140,6 @@ def _width(module: nn.Module) -> int | None:
             return getattr(module, name)
     weight = getattr(module, "weight", None)  # Detectron2's CycleBatchNormList
     return None if weight is None else weight.numel()
-
-
-def _convert(conv: nn.Conv2d, **options) -> None:
-    if type(conv) is nn.Conv2d:
-        conv.__class__ = Conv2d
-        conv.norm = conv.activation = None
-    if conv.norm is not None:
-        convert_convs(conv, **options)
-        return
-    conv.norm = nn.Identity()  # stands for the one that is kept elsewhere
-    try:
-        convert_convs(conv, **options)
-    finally:
-        del conv.norm
-        conv.norm = None
 
 
 def set_estimates(

@@ -65,7 +65,7 @@ def test_each_config_fits_its_checkpoint(name):
     with torch.device("meta"):
         state = {n: torch.empty(s) for n, s in shapes(cfg)}
         model = ours.Parts(cfg)
-    expected = LoadExpectation.from_cfg(cfg)
+    expected = LoadExpectation.from_model(model, cfg)
     entry = CATALOG[cfg.MODEL.WEIGHTS.removeprefix("wsbcn://")]
     assert entry.detector and entry.formula == expected.ws_formula
     assert entry.pixels.pixel_mean == expected.pixel_mean

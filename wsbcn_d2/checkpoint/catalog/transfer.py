@@ -7,7 +7,7 @@ import time
 import urllib.error
 import urllib.request
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, naming
 from ..files.opening import MAX_BYTES, check_head
 from .entries import url_digest
 
@@ -36,10 +36,8 @@ def download(url: str, path: str) -> str:
     except (urllib.error.URLError, http.client.HTTPException, OSError) as err:
         reason = getattr(err, "reason", None) or err
         raise CheckpointError(f"{url}: {type(err).__name__} {reason}") from err
-    try:
+    with naming(url):
         check_head(path)
-    except CheckpointError as err:
-        raise CheckpointError(f"{url}: {str(err).removeprefix(f'{path}: ')}") from err
     expected = url_digest(url)
     if expected and not digest.startswith(expected):
         raise CheckpointError(f"{url}: SHA-256 {digest[:8]}..., its name says {expected}")

@@ -7,7 +7,7 @@ import zipfile
 
 from safetensors.torch import load_file
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, naming
 from . import archives
 
 MAX_BYTES = 16 << 30  # larger than any checkpoint that this project reads
@@ -36,19 +36,19 @@ def file_sha256(path: str) -> str:
 def check_head(path: str) -> bytes:
     """A file's first bytes; no file and the things that downloads end up as are refused."""
     if not os.path.isfile(path):
-        raise CheckpointError(f"{path}: no such file")
+        raise CheckpointError("no such file")
     with open(path, "rb") as stream:
         head = stream.read(512)
     if not head:
-        raise CheckpointError(f"{path}: the file is empty; download it again")
+        raise CheckpointError("the file is empty; download it again")
     if os.path.getsize(path) > MAX_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_BYTES >> 30} GiB, which no checkpoint is")
+        raise CheckpointError(f"larger than {MAX_BYTES >> 30} GiB, which no checkpoint is")
     start = head.lstrip().lower()
     for prefix, what in _NOT_CHECKPOINTS:
         if start.startswith(prefix) and not path.endswith(INDEX):
-            raise CheckpointError(f"{path}: this is {what}, not a checkpoint; download it again")
+            raise CheckpointError(f"this is {what}, not a checkpoint; download it again")
     if head[257:262] == b"ustar":
-        raise CheckpointError(f"{path}: this is a tar archive; unpack it and pass the file inside")
+        raise CheckpointError("this is a tar archive; unpack it and pass the file inside")
     return head
 
 
@@ -65,20 +65,20 @@ def read_file(path: str, data: bool = True) -> tuple[dict, list[str]]:
     Raises:
         CheckpointError: not a checkpoint, damaged, or with functions that are not admitted.
     """
-    head = check_head(path)
-    try:
-        result, foreign = _read(path, head, data)
-    except CheckpointError as err:
-        text = str(err)
-        raise type(err)(text if text.startswith(path) else f"{path}: {text}") from err
-    except Exception as err:  # a damaged file can fail anywhere in its reader
-        text = " ".join(f"{type(err).__name__}: {err}".split())[:160]
-        raise CheckpointError(f"{path}: damaged or cut short ({text})") from err
-    if not isinstance(result, dict):
-        what = getattr(result, "path", type(result).__name__)
-        mend = ": save its state_dict() instead" if foreign else ""
-        raise CheckpointError(f"{path}: holds a {what}, not a dict of tensors{mend}")
-    return result, sorted(foreign)
+    with naming(path):
+        head = check_head(path)
+        try:
+            result, foreign = _read(path, head, data)
+        except CheckpointError:
+            raise
+        except Exception as err:  # a damaged file can fail anywhere in its reader
+            text = " ".join(f"{type(err).__name__}: {err}".split())[:160]
+            raise CheckpointError(f"damaged or cut short ({text})") from err
+        if not isinstance(result, dict):
+            what = getattr(result, "path", type(result).__name__)
+            mend = ": save its state_dict() instead" if foreign else ""
+            raise CheckpointError(f"holds a {what}, not a dict of tensors{mend}")
+        return result, sorted(foreign)
 
 
 def _read(path, head, data):

@@ -9,10 +9,11 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 
+from ...checkpoint import LoadExpectation
 from ...config import WRONG_MODEL, UsageError, one_line, refusing
 from ...data import classification_mapper
 from ...data.checks import Wanted
-from ..from_config import expectation, resumed_schedule
+from ..from_config import resumed_schedule
 from .setup import Setup, check_setup
 
 __all__ = ["check_config"]
@@ -73,7 +74,7 @@ class _YamlSetup(Setup):
             resumed_schedule(self.cfg, optimizer)
 
     def expected(self, model):
-        return expectation(self.cfg, model)
+        return LoadExpectation.from_model(model, self.cfg)
 
     def wanted(self, training):
         cfg = self.cfg

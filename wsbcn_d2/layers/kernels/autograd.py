@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from .cuda_nodes import answers
 
-__all__ = ["fused_bcn", "fused_standardize", "gradients_of_bcn"]
+__all__ = ["fused_bcn", "fused_standardize", "gradients", "gradients_of_bcn"]
 
 
 def fused_bcn(
@@ -122,7 +122,8 @@ class _FusedBCN(torch.autograd.Function):
 
 def gradients_of_bcn(readable, dy, inputs, constants, eps, needed):
     """Gradients of BCN that can be differentiated again; None where none is needed."""
-    return _graph_of_grads(readable(*inputs, *constants, eps), inputs, needed, dy)
+    y = readable(*inputs, *constants, eps)
+    return gradients(y, inputs, needed, dy, create_graph=True)
 
 
 def fused_standardize(
@@ -172,7 +173,8 @@ class _FusedWS(torch.autograd.Function):
 @answers
 def ws_graph(readable, dy, weight, formula, eps):
     """The same of a standardized weight."""
-    return tuple(_graph_of_grads(readable(weight, formula, eps), (weight,), (True,), dy))
+    out = readable(weight, formula, eps)
+    return tuple(gradients(out, (weight,), (True,), dy, create_graph=True))
 
 
 @answers
@@ -182,14 +184,14 @@ def ws_conv_graph(
     """The same of a convolution on a standardized weight, and of its bias."""
     standardized = readable(weight, formula, eps).to(x.dtype)
     y = F.conv2d(x, standardized, None, stride, padding, dilation, groups)
-    grads = _graph_of_grads(y, (x, weight), needed[:2], dy)
+    grads = gradients(y, (x, weight), needed[:2], dy, create_graph=True)
     return *grads, dy.sum((0, 2, 3)) if needed[2] else None
 
 
-def _graph_of_grads(y, inputs, needed, dy):
-    """Gradients that can be differentiated again; None where none is needed."""
+def gradients(y, inputs, needed, dy, **options):
+    """Gradients of y with respect to the inputs that need one, None for the others."""
     wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-    found = iter(
-        torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=True, allow_unused=True)
-    )
+    if not wanted:
+        return [None] * len(needed)
+    found = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), allow_unused=True, **options))
     return [next(found) if need else None for need in needed]

@@ -5,6 +5,7 @@ alone needs, takes half a minute. Results are kept in the user's cache folder (`
 or ``~/.cache``, under ``wsbcn_d2``) by source, compiler, flags and processor.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.machinery
@@ -15,7 +16,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -44,7 +45,7 @@ def _cache_folder() -> Path:
     folder = Path(base) / "wsbcn_d2"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     about = folder.stat()
-    if hasattr(os, "getuid") and (about.st_uid != os.getuid() or about.st_mode & 0o022):
+    if about.st_uid != os.getuid() or about.st_mode & 0o022:
         raise OSError(f"{folder} can be written by others, so code is not loaded from it")
     return folder
 
@@ -87,10 +88,11 @@ def _build(
     return path
 
 
-def _or_why(load: Callable, *args):
-    """load(*args), whatever goes wrong as an OSError of one line."""
+@contextlib.contextmanager
+def _saying_why() -> Iterator[None]:
+    """Whatever goes wrong within is an OSError of one line."""
     try:
-        return load(*args)
+        yield
     # No home: RuntimeError. A library that does not fit: ImportError.
     except (OSError, RuntimeError, ImportError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
@@ -105,7 +107,8 @@ def load(real: str) -> ctypes.CDLL:
         OSError: if they cannot be built or loaded, with the reason in one line.
     """
     flags = *_FLAGS, f"-DREAL={real}"
-    library = _or_why(lambda: ctypes.CDLL(str(_build(_HERE / "cpu.cpp", flags))))
+    with _saying_why():
+        library = ctypes.CDLL(str(_build(_HERE / "cpu.cpp", flags)))
     for name, arguments in _ARGUMENTS.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, None
@@ -126,12 +129,9 @@ def load_module(name: str) -> ModuleType:
     )
     # PyTorch has loaded its libraries already; their names are enough.
     libraries = f"-L{home / 'lib'}", "-ltorch_python", "-ltorch_cpu", "-lc10"
-
-    def find():
+    with _saying_why():
         path = _build(_HERE / f"{name}.cpp", flags, libraries, seconds=600)
         loader = importlib.machinery.ExtensionFileLoader(name, str(path))
         module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
         loader.exec_module(module)
-        return module
-
-    return _or_why(find)
+    return module

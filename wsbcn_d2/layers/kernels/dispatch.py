@@ -93,7 +93,6 @@ def _triton(kind: str) -> ModuleType | None:
 
 
 def _backend(kind: str, x: torch.Tensor) -> ModuleType | None:
-    # First, since Dynamo of torch 2.4 cannot read the environment.
     if not plain(x) or not x.numel():
         return None
     wanted = requested_backend()

@@ -76,7 +76,7 @@ STEP = ["ws_forward", "bcn_forward", "bcn_backward", "ws_backward"]
 
 def without_recomputation(monkeypatch):
     # Of the standardized weight, which is for tensors on a CPU.
-    monkeypatch.setattr("wsbcn_d2.layers.reparametrized_conv._recomputes", lambda *args: False)
+    monkeypatch.setattr("wsbcn_d2.layers.reparametrized_conv.recomputes", lambda *args: False)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

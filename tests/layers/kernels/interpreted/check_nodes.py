@@ -78,7 +78,7 @@ def driver(monkeypatch):
     monkeypatch.setattr(launch, "_raw_stream", lambda device: 0)
     monkeypatch.setattr(launch._Code, "launch", noted)
     # On a GPU a standardized weight is kept until backward.
-    monkeypatch.setattr(reparametrized_conv, "_recomputes", lambda *args: False)
+    monkeypatch.setattr(reparametrized_conv, "recomputes", lambda *args: False)
     caches = launch.code, triton_bcn._forward, triton_bcn._backward, triton_ws._plan
     for cache in caches:
         cache.cache_clear()
