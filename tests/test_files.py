@@ -11,7 +11,11 @@ import time
 
 import pytest
 
+from wsbcn_d2.checkpoint.catalog import fetching
+from wsbcn_d2.data import default_root
+from wsbcn_d2.data.checks import memory
 from wsbcn_d2.files import PART_FILE, locked, progress, replacing, take_lock
+from wsbcn_d2.layers.kernels import build
 
 FORK = multiprocessing.get_context("fork")  # has everything imported
 
@@ -132,6 +136,44 @@ def test_how_often_progress_is_shown(monkeypatch, terminal, seconds):
     monkeypatch.setattr(sys, "stderr", screen)
     assert progress(range(3), file=screen).mininterval == seconds
     assert progress(total=3, file=screen, period=7.0).mininterval == (0.1 if terminal else 7.0)
+
+
+FOLDERS = {  # variable, where it points, and where each thing then lies; the last one without it
+    "published checkpoints": (
+        lambda: fetching._private_folder(None),
+        [("FVCORE_CACHE", "{}/x", "{}/x/wsbcn_d2"), (None, "", "~/.torch/iopath_cache/wsbcn_d2")],
+    ),
+    "looks at data sets": (
+        memory._folder,
+        [
+            ("XDG_CACHE_HOME", "{}/x", "{}/x/wsbcn_d2/datasets"),
+            (None, "", "~/.cache/wsbcn_d2/datasets"),
+        ],
+    ),
+    "kernels": (
+        build._cache_folder,
+        [("XDG_CACHE_HOME", "{}/x", "{}/x/wsbcn_d2"), (None, "", "~/.cache/wsbcn_d2")],
+    ),
+    "data sets": (
+        default_root,
+        [("DETECTRON2_DATASETS", "~/x", "~/x"), (None, "", "datasets")],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FOLDERS)
+def test_where_things_lie(what, tmp_path, monkeypatch):
+    folder_of, cases = FOLDERS[what]
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    for variable, value, expected in cases:
+        for name in ("FVCORE_CACHE", "XDG_CACHE_HOME", "DETECTRON2_DATASETS"):
+            monkeypatch.delenv(name, raising=False)
+        if variable:
+            monkeypatch.setenv(variable, value.format(tmp_path))
+        assert str(folder_of()) == expected.format(tmp_path).replace("~", str(home))
+    assert fetching._private_folder(str(tmp_path / "own")) == str(tmp_path / "own" / "wsbcn_d2")
 
 
 def test_progress_writes_few_lines_into_a_log(monkeypatch):
