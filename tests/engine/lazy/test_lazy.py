@@ -1,17 +1,22 @@
-"""Training of Python configs: lengths and precision."""
+"""Training of Python configs: lengths, precision, hooks."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from detectron2.config import LazyCall
-from detectron2.solver import get_default_optimizer_params
+from detectron2.engine import hooks
+from detectron2.solver import WarmupParamScheduler, get_default_optimizer_params
+from detectron2.utils import comm
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 from omegaconf import OmegaConf
 from torch import nn
 
-from wsbcn_d2.engine import UsageError, lazy
+from wsbcn_d2.engine import ChannelMonitor, EstimateSync, UpdateRateSchedule, UsageError, lazy
+from wsbcn_d2.engine.hooks import ResumedSchedule
 from wsbcn_d2.engine.lazy import checking, training
+from wsbcn_d2.engine.lazy.reading import resumed_schedule_of
 
 
 class Model(nn.Module):
@@ -20,21 +25,25 @@ class Model(nn.Module):
         self.layer = nn.Linear(2, 1)
 
 
-def data():
+def data(total_batch_size):
     return []
 
 
 def config(folder, **train):
     """What training asks of a config, and no more."""
-    scheduler = LazyCall(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[60, 80])
+    steps = LazyCall(MultiStepParamScheduler)(
+        values=[1.0, 0.1, 0.01], milestones=[60, 80], num_updates=90
+    )
     return OmegaConf.create(
         {
             "model": LazyCall(Model)(),
-            "dataloader": {"train": LazyCall(data)()},
+            "dataloader": {"train": LazyCall(data)(total_batch_size=16)},
             "optimizer": LazyCall(torch.optim.SGD)(
                 params=LazyCall(get_default_optimizer_params)(), lr=0.5
             ),
-            "lr_multiplier": {"scheduler": scheduler},
+            "lr_multiplier": LazyCall(WarmupParamScheduler)(
+                scheduler=steps, warmup_factor=0.25, warmup_length=0.1
+            ),
             "train": {
                 **{"device": "cpu", "output_dir": str(folder), "init_checkpoint": ""},
                 **{"max_iter": 90, "eval_period": 30, "log_period": 20, "ddp": {}},
@@ -65,7 +74,6 @@ def lengths(cfg):
 )
 def test_lengths_of_another_number_of_processes(reference, processes, expected, tmp_path):
     cfg = config(tmp_path, reference_world_size=reference)
-    cfg.dataloader.train.total_batch_size = 16
     before = copy.deepcopy(cfg)
     assert lengths(lazy.auto_scale(cfg, processes)) == expected
     assert cfg == before  # it is another one that is changed
@@ -94,3 +102,52 @@ def test_the_precision_is_the_configs(amp, tmp_path, monkeypatch):
     monkeypatch.setattr(training, chosen, reached)
     with pytest.raises(Reached):
         lazy.train(config(tmp_path, amp={"enabled": amp}))
+
+
+@pytest.mark.parametrize("main", [True, False])
+@pytest.mark.parametrize("precise", [True, False])
+def test_hooks_and_their_order(main, precise, tmp_path, monkeypatch):
+    """Of a process, the first or another; synchronized estimates come before what reads them."""
+    monkeypatch.setattr(comm, "is_main_process", lambda: main)
+    cfg = config(tmp_path, precise_bn={"enabled": precise, "num_iter": 7})
+    cfg.train.bcn = {"update_rate": 0.25, "monitor_period": 9}
+    model = nn.Sequential(nn.BatchNorm2d(1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    saves = SimpleNamespace(path_manager=None)
+    found = training._hooks(cfg, SimpleNamespace(model=model, optimizer=optimizer), saves)
+    assert [type(hook) for hook in found] == [
+        *(ResumedSchedule, hooks.IterationTimer, hooks.LRScheduler),
+        *(UpdateRateSchedule, EstimateSync, ChannelMonitor),
+        *[hooks.PreciseBN] * precise,
+        *[hooks.PeriodicCheckpointer] * main,
+        hooks.EvalHook,
+        *[hooks.PeriodicWriter] * main,
+    ]
+    by_kind = {type(hook): hook for hook in found}
+    assert by_kind[hooks.EvalHook]._period == 30
+    if main:
+        assert by_kind[hooks.PeriodicWriter]._period == 20
+        saving = by_kind[hooks.PeriodicCheckpointer]
+        assert (saving.checkpointer, saving.period, saving.max_to_keep) == (saves, 45, 3)
+    if precise:
+        assert (by_kind[hooks.PreciseBN]._num_iter, by_kind[hooks.PreciseBN]._model) == (7, model)
+
+
+def test_what_a_resumed_run_compares(tmp_path):
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.5)
+    hook = resumed_schedule_of(config(tmp_path, on_resume="config"), optimizer)
+    assert hook.state_dict() == {
+        "schedule": {
+            "optimizer.lr": 0.5,
+            "lr_multiplier.scheduler.values": [1.0, 0.1, 0.01],
+            "lr_multiplier.scheduler.milestones": [60, 80],
+            "lr_multiplier.scheduler.num_updates": 90,
+            "lr_multiplier.warmup_factor": 0.25,
+            "lr_multiplier.warmup_length": 0.1,
+            "train.max_iter": 90,
+            "dataloader.train.total_batch_size": 16,
+        }
+    }
+    assert next(iter(hook.state_dict()["schedule"])) == "optimizer.lr"  # an older one's alone
+    with pytest.raises(ValueError, match="train.on_resume 'mine'"):
+        resumed_schedule_of(config(tmp_path, on_resume="mine"), optimizer)
