@@ -33,6 +33,17 @@ def refused(capsys, status, match=""):
     assert "Traceback" not in error and len(error) < 1500
 
 
+@pytest.mark.parametrize("output", ["{0}/w.pth", "{0}/./w.pth", "{0}/below/../w.pth"])
+def test_folding_does_not_write_over_what_it_reads(fold, output, tmp_path, capsys):
+    weights = tmp_path / "w.pth"
+    weights.write_bytes(b"dear")
+    words = ["--config-file", CONFIG, "--weights", str(weights)]
+    with pytest.raises(SystemExit) as stop:
+        fold([*words, "--output", output.format(tmp_path)])
+    assert stop.value.code == 2 and weights.read_bytes() == b"dear"
+    assert "--output would overwrite --weights" in capsys.readouterr().err
+
+
 def predictor(shape):
     state = {"roi_head.bbox_head.fc_cls.weight": torch.zeros(shape)}
     for name in ("fc_cls.bias", "fc_reg.weight", "fc_reg.bias"):
