@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 
 from wsbcn_d2 import Predictor
 from wsbcn_d2.checkpoint import WSBCNCheckpointer
-from wsbcn_d2.cli.predict import find_sources, main
+from wsbcn_d2.cli.predict import Source, _readable, find_sources, main
 from wsbcn_d2.engine import UsageError, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -277,3 +277,21 @@ def test_a_classifier_is_refused(run, tmp_path, capsys):
     assert main([*words, str(tmp_path / "p.png")]) == 2
     assert "ImageClassifier gives" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "suffix", ["mp4", "avi", "mov", "mkv", "webm", "m4v", "mpg", "mpeg", "MP4"]
+)
+def test_what_is_a_video_by_its_name(suffix):
+    name = f"film.{suffix}"
+    assert Source(name, name).is_video and _readable(Path(name))
+    assert not _readable(Path(f".{name}"))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "jpeg", "png", "bmp", "tif", "tiff", "webp", "PNG"])
+def test_what_is_a_picture_by_its_name(suffix):
+    Image.init()
+    name = f"picture.{suffix}"
+    assert not Source(name, name).is_video and _readable(Path(name))
+    assert not _readable(Path(f".{name}"))
+    assert not _readable(Path(f"{name}.txt"))

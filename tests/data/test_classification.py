@@ -202,6 +202,9 @@ def test_object_crops():
     # Around (20, 40), half of 40 * 1.5 to each side; around (90, 95), half of 20 * 1.5.
     assert [c["crop_box"] for c in crops] == [(0, 10, 51, 71), (75, 80, 100, 100)]
     assert [(c["label"], c["image_id"]) for c in crops] == [(3, 0), (1, 1)]
+    # By default 1.3 times as long: half of 40 * 1.3, half of 20 * 1.3.
+    crops = object_crops([{**record, "annotations": [box, corner]}])
+    assert [c["crop_box"] for c in crops] == [(0, 14, 47, 67), (77, 82, 100, 100)]
 
 
 def test_shapes_view_shows_every_object_once(tiny_shapes, tiny_crops):

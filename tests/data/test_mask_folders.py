@@ -162,6 +162,22 @@ def test_masks_of_every_mode_mean_the_same(tmp_path, mode):
     assert np.array_equal(coco_mask.decode(found["segmentation"]), mask)
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "bmp", "tif", "tiff", "PNG"])
+def test_formats_of_pictures(tmp_path, suffix):
+    picture, masks = scene(0, objects=1)
+    files = {}
+    for kind, pixels in (("images", picture), ("masks", masks[0])):
+        for name in "ab":
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(
+                buffer, Image.registered_extensions()[f".{suffix.lower()}"]
+            )
+            files[f"{name}/{kind}/0.{suffix}"] = buffer.getvalue()
+    source = in_folder(files, tmp_path / "source")
+    prepare_mask_folders(source, tmp_path / "target", val_share=0.5)
+    assert sum(len(annotations(tmp_path / "target", s)["images"]) for s in ("train", "val")) == 2
+
+
 def test_an_empty_mask_is_no_object_and_a_picture_may_have_none(tmp_path):
     files, truth = published(2)
     files["stage1_train/0a0/masks/00.png"] = png(np.zeros((20, 30), np.uint8))

@@ -46,6 +46,39 @@ def test_pinned_scene():
     np.testing.assert_allclose(image.mean(axis=(0, 1)), PINNED_MEANS, atol=0.02)
 
 
+# Objects, visible pixels, pixels of the whole objects, mean and spread of the picture.
+PINNED_SCENES = [
+    (5, 883, 1004, 163.53, 52.44),
+    (8, 616, 850, 121.43, 63.58),
+    (2, 576, 576, 106.92, 52.68),
+    (8, 622, 740, 80.67, 61.61),
+    (2, 415, 507, 94.58, 53.22),
+    (6, 440, 466, 151.82, 59.7),
+    (4, 374, 406, 73.48, 39.1),
+    (8, 544, 621, 87.64, 58.75),
+    (5, 806, 1050, 127.54, 46.48),
+    (1, 32, 32, 196.09, 40.34),
+    (1, 192, 192, 201.51, 40.43),
+    (6, 498, 593, 112.01, 54.89),
+    (5, 1073, 1127, 153.63, 76.76),
+    (5, 439, 498, 91.8, 52.86),
+    (4, 643, 661, 153.43, 56.85),
+    (7, 515, 587, 144.02, 61.75),
+]
+
+
+@pytest.mark.parametrize("seed, expected", list(enumerate(PINNED_SCENES)))
+def test_pinned_scenes_of_every_pattern(seed, expected):
+    """As above, over every class, pattern and ground, and where there is hardly room."""
+    rng = np.random.default_rng([5, seed])
+    crowded = {"size": (32, 40), "num_objects": (6, 9), "scale": (0.2, 0.5)}
+    usual = {"size": (64, 48), "num_objects": (1, 5), "scale": (0.25, 0.6)}
+    image, instances = data.render_scene(rng, **(crowded if seed % 2 else usual))
+    seen = sum(int(i.mask.sum()) for i in instances), sum(i.full_area for i in instances)
+    assert (len(instances), *seen) == expected[:3]
+    np.testing.assert_allclose([image.mean(), image.std()], expected[3:], atol=0.05)
+
+
 def test_spectrum_is_natural_and_white_noise_is_not(scenes):
     rng = np.random.default_rng(0)
     grounds = [surface.background(rng, 128, 120)[0].mean(axis=2) for _ in range(20)]

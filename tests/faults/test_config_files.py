@@ -290,6 +290,17 @@ def test_the_deepest_and_the_fullest_config(tmp_path):
                 safe_yaml.read_yaml(str(tmp_path / "a.yaml"))
 
 
+@pytest.mark.parametrize("heirs, refusal", [(50, None), (51, "too long a chain of files")])
+def test_the_longest_chain_of_files(heirs, refusal, tmp_path):
+    (tmp_path / "0.yaml").write_text("SEED: 3\n")
+    for i in range(heirs):
+        (tmp_path / f"{i + 1}.yaml").write_text(f"_BASE_: {i}.yaml\n")
+    if refusal:
+        refused(str(tmp_path / f"{heirs}.yaml"), refusal)
+    else:
+        assert load_config(str(tmp_path / f"{heirs}.yaml")).SEED == 3
+
+
 def test_detectron2s_own_configs_may_compute():
     """The zoo's RetinaNet says its anchors as an expression, which an installed package may."""
     from detectron2 import model_zoo as zoo

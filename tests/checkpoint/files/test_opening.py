@@ -79,7 +79,10 @@ def test_truncated_pickle(tmp_path):
         (b"\n <HTML><body>moved</body>", "web page"),
         (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "server's error"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b'{"message": "Not Found"}', "JSON text"),
         (b"\x1f\x8b\x08\x00rest", "gzip"),
+        (b"BZh91AY&SY", "bzip2"),
+        (b"\xfd7zXZ\x00\x00\x04", "xz-compressed"),
         (b"\x00" * 257 + b"ustar" + b"\x00" * 200, "tar archive"),
         (b"GIF89a", "neither a torch file nor a pickle"),
         (b"\x00" * 4096, "neither a torch file nor a pickle"),
@@ -328,10 +331,14 @@ def test_missing_extra_and_transposed(state, change, match):
     "key, match",
     [
         ("patch_embed.backbone.stages.0.blocks.0.conv1.weight", "pre-activation"),
+        ("stages.0.blocks.0.conv1.weight", "pre-activation"),
         ("stages.0.0.conv1.gain", "NFNets"),
         ("aspp.conv1.weight", "ASPP"),
+        ("decoder.aspp.conv1.weight", "ASPP"),
         ("layer1.0.conv1.weight_gamma", "ConvAWS"),
+        ("layer1.0.conv1.weight_beta", "ConvAWS"),
         ("bbox_head.retina_cls.weight", "one-stage"),
+        ("backbone.body.stem.conv1.weight", "maskrcnn-benchmark"),
     ],
 )
 def test_known_but_not_convertible(key, match):
