@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,6 +106,55 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     ]
     del checks["bad"]
     assert gpu_report.main(["--quick", "--output", str(output)]) == 0
+
+
+def test_the_other_programs_of_a_page(tmp_path, monkeypatch):
+    """Without --quick: a step on two GPUs, the benchmarks on CUDA, the sanitizer; nothing twice."""
+    asked = []
+
+    def command(args, deadline, keep):
+        asked.append(args)
+        says = "warming up", "x 1.00+-0.01", "ERROR SUMMARY: 0 errors"
+        return "; ".join(line for line in says if keep(line)) or "ran"
+
+    monkeypatch.setattr(gpu_report, "command", command)
+    monkeypatch.setattr(gpu_report, "all_apart", lambda deadline: [])
+    monkeypatch.setattr(gpu_report, "about", lambda: [])
+    monkeypatch.setattr(gpu_report.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    cudnn, cublas = SimpleNamespace(), SimpleNamespace()
+    monkeypatch.setattr(torch.backends, "cudnn", cudnn)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", cublas)
+    assert gpu_report.main(["--output", str(tmp_path / "page.md")]) == 0
+    assert vars(cudnn) == {"allow_tf32": False, "deterministic": True}
+    assert vars(cublas) == {"allow_tf32": False}
+    coco = "configs/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_2x"
+    step = ["step", *(f"{coco}_{kind}_1img.yaml" for kind in ("gn", "gn_ws", "bcn_ws"))]
+    options = [
+        [*step, "--rounds", "25", "--warmup", "8"],
+        [*step, "--amp", "--rounds", "25", "--warmup", "8"],
+        ["layer", "--rounds", "10"],
+        ["layer", "--amp", "--rounds", "10"],
+        ["ws", "--rounds", "10"],
+    ]
+    python, root = sys.executable, gpu_report.ROOT
+    training, *benchmarks, sanitizer = asked
+    assert training[:4] == [python, "tools/train_net.py", "--num-gpus", "2"]
+    assert training[training.index("--config-file") + 1].endswith("_bcn_ws.yaml")
+    assert training[training.index("SOLVER.MAX_ITER") + 1] == "2"
+    assert all((root / part).is_file() for args in asked for part in args if ".yaml" in part)
+    assert benchmarks == [[python, "tools/benchmark.py", *o, "--device", "cuda"] for o in options]
+    check = [python, gpu_report.__file__, "--sanitized"]
+    assert sanitizer == ["/bin/compute-sanitizer", "--error-exitcode", "9", *check]
+    rows = [line.split(" | ") for line in (tmp_path / "page.md").read_text().splitlines()[3:]]
+    assert [row[2] for row in rows] == ["ran", *["x 1.00+-0.01"] * 5, "ERROR SUMMARY: 0 errors"]
+    assert {row[1] for row in rows} == {"ok"}
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(gpu_report.shutil, "which", lambda name: None)
+    assert gpu_report.two_processes(0.0) == "not run: one GPU"
+    assert gpu_report.sanitizer(0.0).startswith("not run: compute-sanitizer")
 
 
 def test_it_takes_at_most_ten_minutes():
