@@ -305,6 +305,9 @@ def test_stub_names_what_is_missing(name, what):
 
 def test_stub_survives_probes():
     assert not hasattr(stub, "__wrapped__")
+    with pytest.raises(AttributeError, match="no attribute '__wrapped__'") as error:
+        _ = stub.__wrapped__
+    assert type(error.value) is AttributeError
     assert inspect.getmodule(stub.has_cuda) is stub
     assert copy.copy(stub.__dict__)["__name__"] == "detectron2_stub"
     assert stub.get_cuda_version() and stub.get_compiler_version() and not stub.has_cuda()

@@ -138,6 +138,27 @@ def test_a_crowd_is_thinned_and_a_huge_object_is_centred():
         assert huge.visible_fraction >= 0.6
 
 
+def test_the_limits_of_what_is_left_of_an_object_are_reached():
+    """48 pixels, 65 % in the frame, 45 % in all: no less, and no more is asked for."""
+
+    def several(seed, size, **options):
+        for i in range(30):
+            _, instances = data.render_scene(np.random.default_rng([seed, i]), size, **options)
+            if len(instances) > 1:  # the first one, where there is no room, is centred
+                yield from instances
+
+    small = several(6, (32, 32), num_objects=(8, 8), scale=(0.3, 0.4))
+    assert min(instance.mask.sum() for instance in small) == 48
+    large = several(7, (48, 48), num_objects=(5, 5), scale=(0.5, 0.7))
+    assert 0.45 <= min(instance.visible_fraction for instance in large) < 0.46
+    inside = []
+    for i in range(80):
+        rng = np.random.default_rng([7, i])
+        _, (one,) = data.render_scene(rng, (32, 32), num_objects=(1, 1), scale=(0.6, 0.9))
+        inside.append(one.visible_fraction)
+    assert 0.65 <= min(inside) < 0.66
+
+
 def test_occlusion_hides_the_object_behind():
     """An overlap inside the frame: visible masks of two objects share a border."""
     touching = 0

@@ -193,6 +193,12 @@ def test_modes_refuse_what_they_cannot_do(capsys):
             benchmark.parse(argv)
         assert message in capsys.readouterr().err
     assert benchmark.parse(["step", "a.yaml", "--recompute", "x", "y"]).recompute == [["x", "y"]]
+    usual = vars(benchmark.parse(["layer"]))
+    assert usual == {
+        **{"mode": "layer", "configs": [], "device": "cpu", "images": [1], "recompute": []},
+        **{"rounds": 15, "warmup": 3, "image_size": (800, 1216), "threads": None, "output": None},
+        **dict.fromkeys(("amp", "channels_last", "cpu_time", "released", "quick"), False),
+    }
     quick = benchmark.parse(["layer", "--quick"])
     assert (quick.rounds, quick.warmup, quick.image_size) == (1, 0, (96, 128))
 

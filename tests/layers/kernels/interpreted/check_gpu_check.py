@@ -84,6 +84,61 @@ def test_gradients_that_are_twice_too_large_are_found(amp, monkeypatch):
         gpu_checks.training("cpu", steps=1, width=8, size=9, amp=amp)
 
 
+def test_what_is_checked_and_how_closely():
+    assert {
+        torch.float32: 5e-4,
+        torch.float16: 5e-3,
+        torch.bfloat16: 4e-2,
+        torch.float64: 1e-10,
+    } == gpu_checks.LIMITS
+    assert {None: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.4} == gpu_checks.GRADIENT_LIMITS
+    shapes = {(n, c): (h * w, groups) for n, c, h, w, groups in gpu_checks.SHAPES}
+    assert shapes == {
+        (1, 64): (400 * 608, 32),
+        (2, 256): (100 * 152, 32),
+        (2, 2048): (25 * 38, 32),
+        (512, 256): (49, 32),
+        (100, 256): (196, 32),
+        (3, 64): (1, 32),
+        (1, 512): (13 * 19, 1),
+        (2000, 32): (9, 4),
+    }
+    weights = [(64, 3, 7, 7), (256, 64, 1, 1), (512, 512, 3, 3), (64, 2048, 3, 3)]
+    assert weights == gpu_checks.WEIGHTS
+    checks = list(gpu_checks.CHECKS)
+    assert all(name.startswith("BCN against float64, ") for name in checks[: len(shapes)])
+    assert checks[len(shapes) :] == [
+        "WS against float64",
+        "training, float32",
+        "training, channels_last",
+        "training, AMP float16",
+        "training, AMP bfloat16",
+        "waiting for the GPU",
+        "tensors beyond 2^31 elements",
+        "a GPU that is not the current one",
+    ]
+
+
+def test_what_each_check_passes_on(monkeypatch):
+    calls = []
+    for name in ("bcn_kernels", "training"):
+        monkeypatch.setattr(
+            gpu_checks, name, lambda *args, name=name, **options: calls.append((args, options))
+        )
+    for check, run in gpu_checks.CHECKS.items():
+        if check.startswith(("BCN", "training, c", "training, A")):
+            run("cuda")
+    kernels = [(("cuda", [shape]), i) for i, shape in enumerate(gpu_checks.SHAPES)]
+    assert calls[: len(kernels)] == [(a, {"every_type": i % 3 == 0}) for a, i in kernels]
+    assert calls[len(kernels) :] == [
+        (("cuda",), {"layout": torch.channels_last, "steps": 50}),
+        (("cuda", torch.float16), {"steps": 50}),
+        (("cuda", torch.bfloat16), {"steps": 50}),
+    ]
+    norm = torch.empty(36, 256, 500, 500, device="meta")
+    assert gpu_checks.long_offsets.__defaults__ == (norm.shape,) and norm.numel() > 2**31
+
+
 def test_the_page(tmp_path, monkeypatch, capsys):
     def bad(device):
         raise AssertionError("x | y:\nerror 1")
