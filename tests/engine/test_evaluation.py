@@ -70,11 +70,13 @@ def without_ground_truth(monkeypatch):
 def test_by_type(tiny_cfg, dataset, tmp_path, evaluator_type, kinds):
     cfg = tiny_cfg("OUTPUT_DIR", str(tmp_path))
     evaluator = Trainer.build_evaluator(cfg, dataset(evaluator_type))
-    if len(kinds) == 1:
-        assert type(evaluator) is kinds[0]
-    else:
+    parts = [evaluator]
+    if len(kinds) > 1:
         assert type(evaluator) is DatasetEvaluators
-        assert [type(part) for part in evaluator._evaluators] == kinds
+        parts = evaluator._evaluators
+    assert [type(part) for part in parts] == kinds
+    folders = {part._output_dir for part in parts if hasattr(part, "_output_dir")}
+    assert folders <= {str(tmp_path / "inference")}  # of whatever writes its predictions
 
 
 def test_coco_is_evaluated_by_detectron2s_evaluator():
@@ -122,6 +124,14 @@ def test_results_go_to_the_folder_asked_for(tiny_cfg, dataset, tmp_path):
     name = dataset("coco")
     assert build_evaluator(cfg, name)._output_dir == str(tmp_path / "inference")
     assert build_evaluator(cfg, name, str(tmp_path / "own"))._output_dir == str(tmp_path / "own")
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_coco_is_evaluated_fast_where_that_is_compiled(
+    tiny_cfg, dataset, tmp_path, monkeypatch, compiled
+):
+    monkeypatch.setattr(evaluation, "has_compiled_ops", lambda: compiled)
+    assert build_evaluator(None, dataset("coco"), str(tmp_path))._use_fast_impl is compiled
 
 
 def test_keypoints_have_the_configs_sigmas(tiny_cfg, dataset, tmp_path):

@@ -106,10 +106,13 @@ class OtherString(Operator):
 
 
 class SwapItems(Operator):
-    """Two neighbours of a list, a tuple or a call's arguments change places."""
+    """Two neighbours of a list, a tuple or a call's arguments change places, where that matters."""
 
     @staticmethod
     def _pairs(node):
+        called = node.parent and node.parent.get_previous_sibling()
+        if node.type == "arglist" and called and called.get_code().strip() in ("max", "min"):
+            return
         if node.type in ("testlist_comp", "arglist", "testlist_star_expr"):
             children = node.children
             for i in range(0, len(children) - 2, 2):
