@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from detectron2.config import LazyCall
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import hooks
 from detectron2.solver import WarmupParamScheduler, get_default_optimizer_params
 from detectron2.utils import comm
@@ -16,7 +17,7 @@ from torch import nn
 from wsbcn_d2.engine import ChannelMonitor, EstimateSync, UpdateRateSchedule, UsageError, lazy
 from wsbcn_d2.engine.hooks import ResumedSchedule
 from wsbcn_d2.engine.lazy import checking, training
-from wsbcn_d2.engine.lazy.reading import resumed_schedule_of
+from wsbcn_d2.engine.lazy.reading import load_lazy_config, resumed_schedule_of
 
 
 class Model(nn.Module):
@@ -151,3 +152,79 @@ def test_what_a_resumed_run_compares(tmp_path):
     assert next(iter(hook.state_dict()["schedule"])) == "optimizer.lr"  # an older one's alone
     with pytest.raises(ValueError, match="train.on_resume 'mine'"):
         resumed_schedule_of(config(tmp_path, on_resume="mine"), optimizer)
+
+
+PARTS = """
+dataloader = {"train": {"total_batch_size": 2}}
+lr_multiplier = model = optimizer = {}
+train = {"device": "cuda", "max_iter": 9}
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    (tmp_path / "own.py").write_text(PARTS)
+    return str(tmp_path / "own.py")
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1"])
+def test_the_cpu_stands_in_for_a_missing_gpu(config_file, monkeypatch, device, there):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    cfg = load_lazy_config(config_file, [f"train.device={device}"])
+    assert cfg.train.device == (device if there else "cpu")
+
+
+def test_sets_of_ones_own_are_registered(config_file, tmp_path):
+    entry = {"NAME": "lazy_set", "JSON": str(tmp_path / "a.json"), "IMAGES": str(tmp_path)}
+    assert "lazy_set" not in DatasetCatalog.list()
+    load_lazy_config(config_file, [f"+dataloader.coco_sets=[{entry}]".replace("'", "")])
+    try:
+        assert MetadataCatalog.get("lazy_set").json_file == entry["JSON"]
+    finally:
+        DatasetCatalog.remove("lazy_set")
+        MetadataCatalog.remove("lazy_set")
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "yml"])
+def test_a_saved_config_runs_nothing(tmp_path, suffix):
+    path, marker = tmp_path / f"own.{suffix}", tmp_path / "ran"
+    path.write_text(f"train: !!python/object/apply:os.mkdir ['{marker}']\n")
+    with pytest.raises(UsageError, match=f"own.{suffix}"):
+        load_lazy_config(str(path))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("part", ["dataloader", "lr_multiplier", "model", "optimizer", "train"])
+def test_every_part_is_needed(tmp_path, part):
+    (tmp_path / "own.py").write_text(f"{PARTS}\ndel {part}\n")
+    with pytest.raises(UsageError, match=f"defines no {part}: see configs/lazy"):
+        load_lazy_config(str(tmp_path / "own.py"))
+
+
+@pytest.mark.parametrize(
+    "text, error",
+    [
+        ("train.max_itre=3", "did you mean max_iter"),
+        ("train.zebra=3", r"no 'train.zebra': \+train.zebra=... adds it"),
+        ("--train.max_iter=3", "options go before"),
+        ("train.max_iter", "say KEY=VALUE"),
+    ],
+)
+def test_overrides_of_unknown_keys(config_file, text, error):
+    with pytest.raises(UsageError, match=f"command-line override: .*{error}"):
+        load_lazy_config(config_file, [text])
+    assert load_lazy_config(config_file, ["+train.zebra=3", "train.max_iter=4"]).train == {
+        **{"device": "cpu", "max_iter": 4, "zebra": 3},
+    }
+
+
+def test_options_of_groups_of_parameters_are_not_compared(tmp_path):
+    cfg = config(tmp_path)
+    cfg.optimizer.params.weight_decay_norm = 0.5
+    cfg.optimizer.weight_decay = 0.25
+    optimizer = torch.optim.SGD([torch.zeros(1)], 0.5)
+    schedule = resumed_schedule_of(cfg, optimizer).state_dict()["schedule"]
+    assert {k: v for k, v in schedule.items() if k.startswith("optimizer.")} == {
+        **{"optimizer.lr": 0.5, "optimizer.weight_decay": 0.25},
+    }
