@@ -67,6 +67,21 @@ def test_the_threshold_is_a_share_of_positions():
     assert loose["channels/backbone/inactive_mean"] == {0: 0.5}
 
 
+@pytest.mark.parametrize(
+    "shape, stride", [((1, 32, 32), 1), ((1, 63, 65), 1), ((1, 64, 64), 2), ((9, 32, 32), 3)]
+)
+def test_about_a_thousand_positions_are_looked_at(shape, stride):
+    samples, height, width = shape
+    x = torch.full((samples, 2, height, width), -1.0)
+    x[0, 0, 0, stride] = 1.0  # active at one position that is looked at
+    x[:, 1] = 1.0
+    x[:, 1, ::stride, ::stride] = -1.0  # active elsewhere only
+    norm = EstimatedBatchNorm2d(2, momentum=0.0)
+    norm.num_batches_tracked.fill_(1)  # its estimates stay 0 and 1
+    found = watch(norm, [x], threshold=1 - 1e-6)["channels/backbone/inactive_mean"]
+    assert found == {0: 0.5}
+
+
 def test_a_window_counts_all_its_steps():
     """Negative throughout one batch, not throughout two."""
     norm = EstimatedBatchNorm2d(1, momentum=0.0)

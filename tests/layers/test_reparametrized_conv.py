@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from wsbcn_d2 import WSConv2d, standardize_weight
 from wsbcn_d2.layers import CWNConv2d, WNConv2d
-from wsbcn_d2.layers.recomputed_conv import recomputed_conv2d
+from wsbcn_d2.layers.recomputed_conv import recomputed_conv2d, recomputes
 
 kinds = pytest.mark.parametrize("kind", [WSConv2d, WNConv2d, CWNConv2d])
 OPTIONS = [
@@ -75,6 +75,37 @@ def test_a_weight_changed_before_backward_is_an_error():
         conv.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+NO_GAIN = {
+    "frozen": lambda conv, x: conv.weight.requires_grad_(False),
+    "empty": lambda conv, x: x.resize_(0, 2, 5, 5),
+    "mixed": lambda conv, x: conv.double(),
+    "half": lambda conv, x: (conv.half(), setattr(x, "data", x.half())),
+    "same": lambda conv, x: setattr(conv, "padding", "same"),
+    "subclass": None,
+}
+
+
+@pytest.mark.parametrize("case", NO_GAIN)
+def test_what_is_recomputed_and_what_is_not(case, monkeypatch):
+    monkeypatch.delenv("WSBCN_FUSED", raising=False)
+    conv, x = WSConv2d(2, 4, 3), torch.randn(1, 2, 5, 5)
+    assert recomputes(conv, x) and recomputes(conv.eval(), x)
+    assert recomputes(WSConv2d(2, 4, 3).double(), x.double())
+    with torch.no_grad():
+        assert not recomputes(conv, x)
+    with torch.autocast("cpu"):
+        assert not recomputes(conv, x)
+    with monkeypatch.context() as patch:
+        patch.setenv("WSBCN_FUSED", "off")
+        assert not recomputes(conv, x)
+    assert not recomputes(WSConv2d(2, 4, 3, device="meta"), x.to("meta"))
+    if case == "subclass":
+        x = x.as_subclass(type("Other", (torch.Tensor,), {}))
+    else:
+        NO_GAIN[case](conv, x)
+    assert not recomputes(conv, x)
 
 
 @pytest.mark.parametrize("frozen", [True, False])

@@ -229,6 +229,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, command_of):
 
 
 def test_two_studies_in_one_folder_do_not_touch_each_others_runs(tmp_path, command_of, monkeypatch):
+    assert runner._PATIENCE == 5  # the runs of a killed study end within a second
     monkeypatch.setattr(runner, "_PATIENCE", 0.1)
     a, b = make_run("a"), make_run("b")
     second, asked = [], []

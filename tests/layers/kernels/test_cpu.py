@@ -208,6 +208,23 @@ def test_tensors_that_a_kernel_would_misread_are_not_given_to_it(monkeypatch, br
     assert not called
 
 
+@pytest.mark.parametrize("numel, expected", [(32767, 1), (32768, 3), (100000, 3)])
+def test_threads_from_so_many_numbers_on(monkeypatch, numel, expected):
+    monkeypatch.setenv("WSBCN_FUSED", "cpp")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    kernels, threads = cpu.load_kernels(torch.float32), []
+
+    class Recorded:
+        def __getattr__(self, name):
+            return lambda *args: threads.append(args[-1]) or getattr(kernels, name)(*args)
+
+    monkeypatch.setitem(cpu._libraries, torch.float32, Recorded())
+    x = torch.randn(1, 1, 1, numel, requires_grad=True)
+    BatchChannelNorm2d(1, 1)(x).sum().backward()
+    standardize_weight(x).sum().backward()
+    assert threads == [expected] * 4  # each layer forward and backward
+
+
 def test_bits_do_not_depend_on_the_number_of_threads(monkeypatch):
     monkeypatch.setenv("WSBCN_FUSED", "cpp")
     x, weight = torch.randn(2, 8, 60, 60), torch.randn(64, 64, 3, 3)
