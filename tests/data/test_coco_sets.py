@@ -552,6 +552,12 @@ def test_the_tool_sums_up_and_draws(tmp_path, monkeypatch, capsys):
     assert "objects    6, 2.0 per picture; 100 % small" in out
     assert "masks      6 polygons, 0 run lengths" in out and "round  3" in out
     assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["1_0.png", "3_2.png"]
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(tool, "draw_some", lambda *args: asked.append(args) or [])
+        assert run("--draw", "a")[0] == run("--draw", "b", "--picture-range", 1, 9)[0] == 0
+    files = (entry["JSON"], entry["IMAGES"])
+    assert asked == [(*files, "a", 6, ()), (*files, "b", 6, [1.0, 9.0])]
     # A picture that breaks off is found when its pixels are read, and every fault has its line.
     path = tmp_path / "data" / "set" / "0.png"
     path.write_bytes(path.read_bytes()[:3000])

@@ -335,6 +335,33 @@ def test_the_tool(tmp_path, monkeypatch, capsys):
     assert visible(tmp_path / "sets") == ["cells", "nuclei"]
 
 
+def test_what_the_tool_asks_for(tmp_path, monkeypatch, capsys):
+    tool, asked = load_tool(), []
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    counts = {"train": {"images": 4, "objects": 9, "empty": 2}}
+    monkeypatch.setattr(
+        tool, "prepare_mask_folders", lambda *a, **k: asked.append((a, k)) or counts
+    )
+    assert tool.main(["in.zip"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"written {tmp_path / 'nuclei'}",
+        "train: 4 pictures, 9 objects; 2 empty masks left out",
+    ]
+    (tmp_path / "names").write_text(" a \n\nb\n")
+    options = ["--val", "0.4", "--val-names", str(tmp_path / "names"), "--category", "cell"]
+    assert tool.main(["in.zip", *options, "--name", "cells", "--root", "other"]) == 0
+    assert asked == [
+        (
+            ("in.zip", tmp_path / "nuclei"),
+            {"category": "nucleus", "val_share": 0.2, "val_names": None},
+        ),
+        (
+            ("in.zip", Path("other/cells")),
+            {"category": "cell", "val_share": 0.4, "val_names": ["a", "b"]},
+        ),
+    ]
+
+
 @pytest.fixture
 def registered(tmp_path):
     register_nuclei(tmp_path)
