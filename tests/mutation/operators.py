@@ -59,14 +59,15 @@ class ReturnNone(Operator):
 
 
 class RemoveKeyword(Operator):
-    """A keyword argument of a call is left out."""
+    """A keyword argument of a call is left out; zip's strict only guards what cannot happen."""
 
     @staticmethod
     def _keywords(node):
         if node.type == "arglist":
             for i, child in enumerate(node.children):
                 if child.type == "argument" and child.children[1] == "=":
-                    yield i, child
+                    if child.children[0].value != "strict":
+                        yield i, child
 
     def mutation_positions(self, node):
         for _, child in self._keywords(node):
