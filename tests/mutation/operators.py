@@ -65,9 +65,9 @@ class RemoveKeyword(Operator):
     def _keywords(node):
         if node.type == "arglist":
             for i, child in enumerate(node.children):
-                if child.type == "argument" and child.children[1] == "=":
-                    if child.children[0].value != "strict":
-                        yield i, child
+                keyword = child.type == "argument" and child.children[1] == "="
+                if keyword and child.children[0].value != "strict":
+                    yield i, child
 
     def mutation_positions(self, node):
         for _, child in self._keywords(node):
