@@ -11,8 +11,9 @@ it, and how long they take, is read from --map, a folder that this fills:
     COVERAGE_FILE=.cache/map/coverage python -m pytest --all --cov=wsbcn_d2 --cov-context=test \
         --cov-report= --junitxml=.cache/map/tests.xml
 
-Of the package's tests, those files come first that speak of what is around the line. Survivors are printed as changes of a line; equivalent.txt lists those that
-change nothing a user could see, each with the reason.
+Of the package's tests, those files come first that speak of what is around the line. Survivors are
+printed as changes of a line; equivalent.txt lists those that change nothing a user could see, each
+with the reason.
 
     python tests/mutation/run.py --by-hand [TEXT] [--faults FILE]
 
