@@ -20,6 +20,7 @@ from wsbcn_d2.checkpoint import (
     split_options,
     write_checkpoint,
 )
+from wsbcn_d2.layers import BatchChannelNorm2d
 
 from . import ours
 from . import source_models as src
@@ -216,6 +217,8 @@ def test_what_is_saved_is_checked_when_reused(tmp_path):
     checkpointer.save("model_0000009", iteration=9)
     record = torch.load(tmp_path / "model_0000009.pth", weights_only=True)["wsbcn_d2"]
     assert record["ws_formula"] == "unbiased" and record["norm"] == "BCN"
+    groups = {m.num_groups for m in net.modules() if isinstance(m, BatchChannelNorm2d)}
+    assert record["bcn_groups"] == sorted(groups)
     fresh = model()
     again = torch.optim.SGD(fresh.parameters(), lr=0.5, momentum=0.9)
     resumed = WSBCNCheckpointer(fresh, str(tmp_path), optimizer=again)
@@ -223,6 +226,17 @@ def test_what_is_saved_is_checked_when_reused(tmp_path):
     assert extra["iteration"] == 9 and same(fresh, net.state_dict())
     assert again.param_groups[0]["lr"] == 0.1 and len(again.state_dict()["state"]) > 0
     refused(model("BCN", "biased"), str(tmp_path / "model_0000009.pth"), "set MODEL.WS.FORMULA to")
+
+
+def test_how_much_of_a_model_is_in_the_file_is_said(tmp_path, caplog):
+    net, state = model(), weights()
+    total = len([name for name in net.state_dict() if "num_batches_tracked" not in name])
+    found = [name for name in state if name in net.state_dict() and "num_batches" not in name]
+    path = save(tmp_path / "a.pth", state, meta())
+    with caplog.at_level("INFO", logger="fvcore.common.checkpoint"):
+        WSBCNCheckpointer(net).load(path)
+    said = f"{len(found)} of the model's {total} parameters and buffers are in the file"
+    assert said in [record.getMessage() for record in caplog.records]
 
 
 def test_frozen_stages_and_their_counters(tmp_path, caplog):

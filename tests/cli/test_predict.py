@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 
 from wsbcn_d2 import Predictor
 from wsbcn_d2.checkpoint import WSBCNCheckpointer
+from wsbcn_d2.cli import predict
 from wsbcn_d2.cli.predict import Source, _readable, find_sources, main
 from wsbcn_d2.engine import UsageError, load_config
 
@@ -165,6 +166,54 @@ def test_a_video(run, tmp_path):
     drawn = cv2.VideoCapture(str(output / "film.mp4"))
     assert drawn.get(cv2.CAP_PROP_FRAME_COUNT) == 3 and drawn.read()[1].shape == (64, 80, 3)
     assert drawn.get(cv2.CAP_PROP_FPS) == 5
+
+
+def test_a_video_that_does_not_say_how_fast_it_is(run, tmp_path, monkeypatch):
+    """Neither frames per second nor their number: a stream's first part, say."""
+    import cv2
+
+    film = str(tmp_path / "film.avi")
+    writer = cv2.VideoWriter(film, cv2.VideoWriter_fourcc(*"MJPG"), 5, (80, 64))
+    writer.write(np.zeros((64, 80, 3), np.uint8))
+    writer.release()
+
+    class Silent:
+        def __init__(self, path):
+            video = open_video(path)
+            self.read, self.isOpened, self.release = video.read, video.isOpened, video.release
+
+        def get(self, what):
+            return 0.0
+
+    seen, open_video = [], cv2.VideoCapture
+    monkeypatch.setattr(predict, "progress", lambda it, **how: seen.append(how) or it)
+    weights, output = ["--weights", str(run / "model_final.pth")], ["--output", str(tmp_path / "o")]
+    assert main([*weights, *output, *ANY, film, str(picture(tmp_path / "one.png"))]) == 0
+    monkeypatch.setattr(cv2, "VideoCapture", Silent)
+    assert main([*weights, *output, *ANY, film]) == 0
+    names = [{"desc": "pictures"}, {"total": 1, "desc": "film.avi"}]
+    assert seen == [*names, {"total": None, "desc": "film.avi"}]
+    monkeypatch.undo()
+    assert cv2.VideoCapture(str(tmp_path / "o" / "film.mp4")).get(cv2.CAP_PROP_FPS) == 25
+
+
+def test_help_names_what_every_option_takes(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        predict.parse(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "INPUT picture, folder, glob or video",
+        "--weights WEIGHTS checkpoint of the model",
+        "--config-file CONFIG_FILE its config, if not beside it",
+        "--output DIR folder to write to",
+        "--threshold THRESHOLD lowest score (default: 0.5)",
+        "--fold fold the model first: faster",
+        "--device DEVICE cpu, cuda, cuda:1 (default: the config's, if there is)",
+        "--annotations JSON COCO file with the pictures' ids",
+        "--no-pictures write results.json alone",
+        "config overrides: KEY VALUE ...",
+    ):
+        assert words in shown
 
 
 def cut(path):

@@ -59,13 +59,14 @@ class ReturnNone(Operator):
 
 
 class RemoveKeyword(Operator):
-    """A keyword argument of a call is left out."""
+    """A keyword argument of a call is left out; zip's strict only guards what cannot happen."""
 
     @staticmethod
     def _keywords(node):
         if node.type == "arglist":
             for i, child in enumerate(node.children):
-                if child.type == "argument" and child.children[1] == "=":
+                keyword = child.type == "argument" and child.children[1] == "="
+                if keyword and child.children[0].value != "strict":
                     yield i, child
 
     def mutation_positions(self, node):

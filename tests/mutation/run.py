@@ -5,15 +5,15 @@ r"""Puts faults into a copy of the code, one at a time, and says which of them n
 
 draws 50 faults in each of the packages that config.toml names (all of them without names), by
 cosmic-ray's operators and those in operators.py. The seed decides on the draw. A fault in a line
-is tried on the tests that ran the line, quickest first; which ones they are, and how long they
-take, is read from --map, a folder that this fills:
+is tried on the tests that ran the line, quickest first, then on the package's own; which ones ran
+it, and how long they take, is read from --map, a folder that this fills:
 
     COVERAGE_FILE=.cache/map/coverage python -m pytest --all --cov=wsbcn_d2 --cov-context=test \
         --cov-report= --junitxml=.cache/map/tests.xml
 
-Without it, and for lines that run at import, those files of the package's tests serve that speak of
-what is around the line. Survivors are printed as changes of a line; equivalent.txt lists those that
-change nothing a user could see, each with the reason.
+Of the package's tests, those files come first that speak of what is around the line. Survivors are
+printed as changes of a line; equivalent.txt lists those that change nothing a user could see, each
+with the reason.
 
     python tests/mutation/run.py --by-hand [TEXT] [--faults FILE]
 
@@ -166,16 +166,18 @@ class Tests:
                         self.by_line[path.rpartition("/wsbcn_d2/")[2], line].add(name)
 
     def of(self, package, path, line, budget):
-        """Arguments for pytest: the tests that ran the line, else files that speak of it."""
+        """Arguments for pytest, one list after the other: the quickest of the tests that ran the
+        line; then the others of them, and the package's files, first those that speak of it."""
         ran = self.by_line[path.rpartition("wsbcn_d2/")[2], line]
         names = sorted((n for n in ran if (ROOT / n.partition("::")[0]).exists()), key=self.cost)
+        kept = []
+        for name in names:
+            budget -= self.seconds[name]
+            if budget > 0 or not kept:
+                kept.append(name)
         if len(names) > 2:
-            kept = []
-            for name in names:
-                budget -= self.seconds[name]
-                if budget > 0 or not kept:
-                    kept.append(name)
-            return kept
+            yield kept
+            names = names[len(kept) :]
         patterns = CONFIG["packages"][package]["tests"]
         found = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
         files = [f for p in found for f in ([p] if p.is_file() else sorted(p.rglob("test_*.py")))]
@@ -183,7 +185,7 @@ class Tests:
         speak = {f: sum(w in f.read_text() or w in f.stem for w in words) for f in files}
         files = sorted(files, key=lambda f: (-speak[f], f.stat().st_size))
         quick = [] if CONFIG["packages"][package].get("slow") else ["-m", "not slow"]
-        return [*quick, *names, *(str(f.relative_to(ROOT)) for f in files)]
+        yield [*quick, *names, *(str(f.relative_to(ROOT)) for f in files)]
 
     def cost(self, name):
         return self.seconds[name], name
@@ -249,12 +251,12 @@ def by_hand(copy, file, text, timeout, tests, budget):
             print(f"gone: {fault['what']}: {path} has no such text", flush=True)
             continue
         changed = code.replace(fault["before"], fault["after"], 1)
-        names = fault.get("tests")
-        if names is None:
+        lists = [fault.get("tests")]
+        if lists == [None]:
             pairs = enumerate(zip(code.splitlines(), changed.splitlines(), strict=False), 1)
             line = next(number for number, (old, new) in pairs if old != new)
-            names = tests.of(fault.get("package") or package_of(path), path, line, budget)
-        result = tried(copy, path, changed, names, timeout)
+            lists = tests.of(fault.get("package") or package_of(path), path, line, budget)
+        result = tried(copy, path, changed, lists, timeout)
         print(f"{result}: {fault['what']}", flush=True)
 
 
@@ -263,12 +265,16 @@ def package_of(path):
     return next(package for package in CONFIG["packages"] if path in sources(package))
 
 
-def tried(copy, path, text, names, timeout):
-    """What the tests say of the copy with another text in one of its files."""
+def tried(copy, path, text, lists, timeout):
+    """What the tests say of the copy with another text in one of its files, list after list."""
     before = (copy / path).read_text()
     (copy / path).write_text(text)
     try:
-        return attempt(copy, names, timeout)
+        for names in lists:
+            result = attempt(copy, names, timeout)
+            if result not in ("survived", "no tests"):
+                break
+        return result
     finally:
         (copy / path).write_text(before)
 
@@ -298,7 +304,7 @@ def main():
     parser.add_argument("--sample", type=int, default=50, help="faults in each package")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--map", type=Path, default=ROOT / ".cache" / "map")
-    parser.add_argument("--budget", type=float, default=60, help="seconds of tests for one fault")
+    parser.add_argument("--budget", type=float, default=60, help="seconds of the tests tried first")
     parser.add_argument("--limit", type=float, default=600, help="seconds for one fault")
     parser.add_argument(
         "--by-hand", nargs="?", const="", metavar="TEXT",
@@ -331,9 +337,9 @@ def main():
             if args.list:
                 print(f"{path}:{line}:{column} {operator}: {before} -> {after}")
                 continue
-            names = tests.of(package, path, line, args.budget)
             began = time.monotonic()
-            result = tried(folder, path, text, names, args.limit)
+            lists = tests.of(package, path, line, args.budget)
+            result = tried(folder, path, text, lists, args.limit)
             if result == "survived" and what in known:
                 result = "equivalent"
             counts[result] += 1
@@ -343,7 +349,7 @@ def main():
             if args.output:
                 row = {"package": package, "result": result, "path": path, "line": line}
                 row |= {"operator": operator, "before": before, "after": after}
-                row |= {"seconds": round(seconds, 1), "tests": len(names)}
+                row |= {"seconds": round(seconds, 1)}
                 with args.output.open("a") as stream:
                     stream.write(json.dumps(row) + "\n")
         found = counts["noticed"]

@@ -92,6 +92,9 @@ def test_a_very_short_schedule_has_no_step_at_its_end():
     opts = ["SOLVER.MAX_ITER", "100", "SOLVER.STEPS", "(75, 92)"]
     (run,) = make_plan({"gn": CONFIGS["gn"]}, max_iter=4, opts=opts)  # 0.92 x 4 rounds to 4
     assert load_config(run.config_file, run.overrides).SOLVER.STEPS == (3,)
+    opts[-1] = "(5, 30, 75)"  # 0.05 x 4 rounds to 0, where there is no step either
+    (run,) = make_plan({"gn": CONFIGS["gn"]}, max_iter=4, opts=opts)
+    assert load_config(run.config_file, run.overrides).SOLVER.STEPS == (1, 3)
 
 
 def test_the_overrides_make_the_config_that_the_settings_describe():

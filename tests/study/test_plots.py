@@ -195,6 +195,18 @@ def test_equal_records_give_equal_bytes():
     assert {k: png_bytes(f) for k, f in one.items()} == {k: png_bytes(f) for k, f in two.items()}
 
 
+def test_a_figure_has_room_for_its_axes():
+    """Two tasks by one number of images, six bars; nothing lies over anything else."""
+    records = records_of({"gn": GN, "bcn_ws": (50.0,)}, (1, 2, 4))
+    figures = make_figures(records)
+    sizes = {name: figure.get_size_inches().tolist() for name, figure in figures.items()}
+    assert sizes["ap_over_iterations"] == pytest.approx([3 * 5.2, 2 * 3.4])
+    assert sizes["final_ap"] == pytest.approx([2 * 5.2, 1.2 + 6 * 0.32])
+    strip = {name: np.zeros((8, 8, 3), np.uint8) for name in ("truth", "gn")}
+    for name, figure in (figures | {"showcase": showcase(records, strip)}).items():
+        assert type(figure.get_layout_engine()).__name__ == "ConstrainedLayoutEngine", name
+
+
 @pytest.mark.parametrize("images", [(1,), (1, 2)])
 def test_the_legend_of_a_study_lies_within_the_figure(images):
     names = ("bn", "gn", "bcn", "gn_ws", "bcn_ws", "bcn_ws_held")
