@@ -873,8 +873,8 @@ def test_a_corner_may_lie_a_pixel_beyond_the_edge(place, side):
         boxes = [[40, 40, image["width"], image["height"]] for _ in range(4)]
         boxes[0][place] += over
         content["annotations"] = [{**one, "id": i, "bbox": box} for i, box in enumerate(boxes, 1)]
-        found = looked_at(content)
-        assert [fault.what for fault in found.serious()] == ["boxes that look like corners"] * faults
+        found = [fault.what for fault in looked_at(content).serious()]
+        assert found == ["boxes that look like corners"] * faults
 
 
 @pytest.mark.parametrize("names", [NAMES, ["nose", "left_eye", "right_eye"]])
