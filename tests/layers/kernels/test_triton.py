@@ -37,7 +37,7 @@ def test_interpreted(name, pytestconfig):
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", *options, str(path)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=ROOT, capture_output=True, text=True, timeout=600,
+        cwd=ROOT, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout and "skipped" not in result.stdout
