@@ -617,7 +617,8 @@ def test_a_set_is_looked_at_once_for_each_state(tmp_path, monkeypatch):
     memory.keep(first)
     again = look_at(entry["JSON"], entry["IMAGES"])
     assert len(seen) == 1 and again.facts == json.loads(json.dumps(first.facts))
-    assert (tmp_path / "cache" / "wsbcn_d2").is_dir()
+    folder = tmp_path / "cache" / "wsbcn_d2" / "datasets"
+    assert folder.stat().st_mode & 0o777 == 0o700  # names of pictures are their owner's alone
     Image.new("RGB", (9, 9)).save(tmp_path / "data" / "set" / "0.png")
     assert look_at(entry["JSON"], entry["IMAGES"]).faults and len(seen) == 2
     assert look_at(entry["JSON"], entry["IMAGES"]).faults and len(seen) == 3  # not remembered
@@ -861,6 +862,19 @@ def test_corners_are_told_by_more_than_a_fifth_of_the_boxes(beyond, faults):
     found = looked_at(content)
     assert [fault.what for fault in found.serious()] == ["boxes that look like corners"] * faults
     assert len(found.notes) == 1 + 1 - faults  # of the class without objects, and the edge
+
+
+@pytest.mark.parametrize("place, side", [(2, "width"), (3, "height")])
+def test_a_corner_may_lie_a_pixel_beyond_the_edge(place, side):
+    """One that lies farther out is no corner, and then none is."""
+    for over, faults in ((1, 1), (2, 0)):
+        content = a_set()
+        one, image = content["annotations"][0], content["images"][0]
+        boxes = [[40, 40, image["width"], image["height"]] for _ in range(4)]
+        boxes[0][place] += over
+        content["annotations"] = [{**one, "id": i, "bbox": box} for i, box in enumerate(boxes, 1)]
+        found = [fault.what for fault in looked_at(content).serious()]
+        assert found == ["boxes that look like corners"] * faults
 
 
 @pytest.mark.parametrize("names", [NAMES, ["nose", "left_eye", "right_eye"]])
