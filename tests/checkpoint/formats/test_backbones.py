@@ -191,8 +191,12 @@ def test_formula_by_file_name(file_name, norm, formula):
     state = {name: torch.zeros(shape) for name, shape in src.resnet_entries(src.Net(norm=norm))}
     report = convert(state, Options(source_name=f"/folder/with-gn/{file_name}"))[1]
     assert report.metadata.ws_formula == formula and "ws_formula" in report.metadata.presumed
-    told = convert(state, Options(formula="biased"))[1].metadata
+    assert f"{formula} (presumed)" in "\n".join(report.lines())
+    report = convert(state, Options(formula="biased"))[1]
+    told = report.metadata
     assert told.ws_formula == "biased" and "ws_formula" not in told.presumed
+    text = "\n".join(report.lines())
+    assert "biased" in text and "biased (presumed)" not in text
 
 
 @pytest.mark.parametrize(
