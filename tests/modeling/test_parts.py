@@ -207,6 +207,29 @@ class Odd(nn.Module):
         self.norm3 = nn.GroupNorm(2, 8)
 
 
+@pytest.mark.parametrize(
+    "norm, fits",
+    [
+        (nn.BatchNorm2d(8), True),
+        (nn.InstanceNorm2d(8), True),
+        (nn.GroupNorm(2, 8), True),
+        (nn.LayerNorm(8), True),  # over the last axis: channels, where they are last
+        (nn.LayerNorm((4, 5, 8)), True),
+        (nn.LayerNorm((8, 4, 5)), False),
+        (nn.BatchNorm2d(6), False),
+        (nn.Identity(), False),
+    ],
+    ids=repr,
+)
+def test_a_norm_is_known_by_its_name_and_width(norm, fits):
+    model = nn.ModuleDict({"part": nn.Sequential(nn.Conv2d(3, 8, 3), norm)})
+    if fits:
+        assert standardized(standardize_parts(model, ["part"])) == {"part.0"}
+    else:
+        with pytest.raises(ValueError, match=r"no convolution with a norm; there are part\.0"):
+            standardize_parts(model, ["part"])
+
+
 def test_the_rule_on_plain_convolutions(caplog):
     with caplog.at_level(logging.INFO):
         model = standardize_parts(nn.ModuleDict({"odd": Odd()}), ["odd"])
