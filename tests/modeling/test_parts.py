@@ -2,6 +2,7 @@
 
 import logging
 
+import detectron2.modeling.meta_arch.build as meta_arch
 import pytest
 import torch
 from conftest import ROOT
@@ -21,6 +22,7 @@ from wsbcn_d2.checkpoint import (
 )
 from wsbcn_d2.layers import CWNConv2d, WNConv2d, standardize_weight
 from wsbcn_d2.modeling import standardize_parts
+from wsbcn_d2.modeling.parts import register_preparation
 
 # What a test below made; configs/README.md shows it.
 TABLE = """
@@ -297,6 +299,15 @@ def test_a_stock_config_is_left_alone(tiny_cfg):
     cfg = tiny(tiny_cfg, "MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN")
     del cfg.MODEL["WS"], cfg.MODEL["BCN"]
     assert not standardized(build_model(cfg))
+
+
+def test_building_is_prepared_once(tiny_cfg):
+    """Registered again (by a reload, say), it is the same function, around Detectron2's own."""
+    before = meta_arch.build_model
+    register_preparation()
+    assert meta_arch.build_model is before is build_model  # as detectron2.modeling exports it
+    assert before.__wrapped__.__module__ == "detectron2.modeling.meta_arch.build"
+    assert not hasattr(before.__wrapped__, "__wrapped__")
 
 
 def test_the_stem_of_deeplab_is_not_dropped():
