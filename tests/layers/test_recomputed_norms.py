@@ -507,9 +507,10 @@ def test_more_runs_than_are_kept_warn_once_a_step():
         for _ in range(3):
             recomputation._recall(bn, x)
     assert len(caught) == 1
+    other = EstimatedBatchNorm2d(4)
     with torch.no_grad():
         for _ in range(recomputation.KEPT):  # as many as are kept lose none
-            recomputation.remember(other := EstimatedBatchNorm2d(4), x)
+            recomputation.remember(other, x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         recomputation._recall(other, x)

@@ -21,7 +21,7 @@ from wsbcn_d2.checkpoint.report import ConversionReport
 from .. import source_models as src
 from ..torchvision_names import basic_resnet
 
-NAMES = "names alone cannot tell"
+USUAL = "usual for {} files with {}; names alone cannot tell"
 
 
 def meta_of(shapes):
@@ -31,22 +31,23 @@ def meta_of(shapes):
 @pytest.mark.parametrize(
     "kind, norm, name, expected",
     [
-        ("imagenet", "GN", "a.pth", ("unbiased_std", f"usual for imagenet files with GN; {NAMES}")),
-        ("imagenet", "BCN", "a.pth", ("unbiased", f"usual for imagenet files with BCN; {NAMES}")),
-        ("imagenet", "BN", "a-gn.pth", ("none", f"usual for imagenet files with BN; {NAMES}")),
-        ("imagenet", "GN", "R-50_GN.pth", ("none", "from the file's name, R-50_GN.pth: GN without WS")),
+        ("imagenet", "GN", "a.pth", ("unbiased_std", USUAL)),
+        ("imagenet", "BCN", "a.pth", ("unbiased", USUAL)),
+        ("imagenet", "BN", "a-gn.pth", ("none", USUAL)),
+        ("imagenet", "GN", "R_GN.pth", ("none", "from the file's name, R_GN.pth: GN without WS")),
         ("imagenet", "GN", "ws.gn", ("unbiased_std", "from the file's name, ws.gn")),
-        ("imagenet", "GN", "news-gnu", ("unbiased_std", f"usual for imagenet files with GN; {NAMES}")),
-        ("mmdet", "GN", "x-gn.pth", ("unbiased_std", f"usual for mmdet files with GN; {NAMES}")),
-        ("mmdet", "BN", "x.pth", ("none", f"usual for mmdet files with BN; {NAMES}")),
+        ("imagenet", "GN", "news-gnu", ("unbiased_std", USUAL)),
+        ("mmdet", "GN", "x-gn.pth", ("unbiased_std", USUAL)),
+        ("mmdet", "BN", "x.pth", ("none", USUAL)),
         ("mmdet", "BCN", "x.pth", (None, "such files do not say")),
-        ("caffe2", "GN", "x.pkl", ("none", f"usual for caffe2 files with GN; {NAMES}")),
+        ("caffe2", "GN", "x.pkl", ("none", USUAL)),
         ("caffe2", "GN", "gn-ws.pkl", ("unbiased_std", "from the file's name, gn-ws.pkl")),
-        ("caffe2", "BN", "ws-gn.pkl", ("none", f"usual for caffe2 files with BN; {NAMES}")),
+        ("caffe2", "BN", "ws-gn.pkl", ("none", USUAL)),
         ("detectron2", "GN", "gn-ws.pth", (None, "such files do not say")),
     ],
 )  # fmt: skip
 def test_the_formula_that_is_presumed(kind, norm, name, expected):
+    expected = (expected[0], expected[1].format(kind, norm))
     for meta in (None, {}, {"config": 3}, "ConvWS"):
         assert presume_formula(FORMATS[kind], norm, name, meta) == (*expected, False)
     stored = presume_formula(FORMATS[kind], norm, name, {"config": "ConvWS"})
