@@ -110,6 +110,7 @@ def test_a_backbone_is_known_by_its_names(name):
     assert found == expected and found.name == name
     stem = shapes["stem.conv1.weight"]
     assert stem == ((64, 3, 3, 3) if expected.deeplab else (64, 3, 7, 7))
+    assert shapes["res2.0.conv1.weight"][1] == (128 if expected.deeplab else 64)
     assert shapes["res5.0.conv1.weight"][0] == 512 * expected.groups * expected.width_per_group // (
         64 if expected.depth >= 50 else expected.groups * expected.width_per_group
     )
