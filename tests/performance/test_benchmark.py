@@ -246,3 +246,61 @@ def test_steps_and_the_monitor(tmp_path, capsys):
     assert benchmark.main(["monitor", str(paths[1]), *quick]) == 0
     (row,) = json.loads(output.read_text())["rows"]
     assert row["share"] == pytest.approx((row["time"]["ratio"] - 1) * 8 / 100)
+
+
+def measured(**seconds):
+    return {name: runner.measurement(name, [s, s]) for name, s in seconds.items()}
+
+
+@pytest.mark.parametrize("kept", [40, 0])
+def test_a_row_is_compared_with_the_first(kept, capsys):
+    """Times, peaks and what is kept, each in units of the base's; 0 kept is no unit."""
+    sizes = {"a": (100, kept, 7), "b": (150, 60, 9)}
+
+    class Fake:
+        def memory(self, run):
+            return dict(zip(("peak", "kept", "process"), sizes[run], strict=True))
+
+    rows = steps._report(Fake(), "train", 2, {"a": "a", "b": "b"}, measured(a=0.5, b=0.75))
+    assert rows[1] == {
+        **{"what": "train", "images": 2, "name": "b", "ms": 750.0, "peak": 1.5},
+        **{"time": {"ratio": 1.5, "spread": 0.0}, "kept": 60 / kept if kept else 0.0},
+        **{"peak bytes": 150, "kept bytes": 60, "process bytes": 9},
+    }
+    assert (rows[0]["peak"], rows[0]["kept"]) == (1.0, 1.0 if kept else 0.0)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("train  2 image(s)  time 1.000+-0.000  peak 1.000  kept ")
+    assert first.endswith("(500 ms, peak 0 MiB, kept 0 MiB, process 0 MiB)  a")
+
+
+def test_a_watched_window_is_one_of_eight_steps():
+    seen = []
+
+    class Hook:
+        trainer = argparse.Namespace(iter=None)
+
+        def before_step(self):
+            seen.append(("before", self.trainer.iter))
+
+        def after_step(self):
+            seen.append(("after", self.trainer.iter))
+
+    steps._window(lambda: seen.append("step"), Hook())()
+    assert seen == [x for i in range(8) for x in (("before", i), "step", ("after", i))]
+    assert (steps.PERIOD, steps.WINDOW) == (100, 8)  # tools/compare.py's, the monitor's own
+
+
+def test_every_model_does_the_same_work_on_noise(monkeypatch):
+    asked = []
+    monkeypatch.setattr(steps, "load_config", lambda *a: asked.append(a) or "cfg")
+    monkeypatch.setattr(steps, "build_model", lambda cfg: "model")
+    assert steps.load("a.yaml", "cuda") == ("cfg", "model")
+    assert asked == [
+        (
+            "a.yaml",
+            [
+                *("MODEL.DEVICE", "cuda", "MODEL.WEIGHTS", "", "INPUT.MASK_FORMAT", "bitmask"),
+                *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),
+            ],
+        )
+    ]
