@@ -2,6 +2,7 @@
 
 import logging
 
+import detectron2.modeling.meta_arch.build as meta_arch
 import pytest
 import torch
 from conftest import ROOT
@@ -21,6 +22,7 @@ from wsbcn_d2.checkpoint import (
 )
 from wsbcn_d2.layers import CWNConv2d, WNConv2d, standardize_weight
 from wsbcn_d2.modeling import standardize_parts
+from wsbcn_d2.modeling.parts import register_preparation
 
 # What a test below made; configs/README.md shows it.
 TABLE = """
@@ -207,6 +209,29 @@ class Odd(nn.Module):
         self.norm3 = nn.GroupNorm(2, 8)
 
 
+@pytest.mark.parametrize(
+    "norm, fits",
+    [
+        (nn.BatchNorm2d(8), True),
+        (nn.InstanceNorm2d(8), True),
+        (nn.GroupNorm(2, 8), True),
+        (nn.LayerNorm(8), True),  # over the last axis: channels, where they are last
+        (nn.LayerNorm((4, 5, 8)), True),
+        (nn.LayerNorm((8, 4, 5)), False),
+        (nn.BatchNorm2d(6), False),
+        (nn.Identity(), False),
+    ],
+    ids=repr,
+)
+def test_a_norm_is_known_by_its_name_and_width(norm, fits):
+    model = nn.ModuleDict({"part": nn.Sequential(nn.Conv2d(3, 8, 3), norm)})
+    if fits:
+        assert standardized(standardize_parts(model, ["part"])) == {"part.0"}
+    else:
+        with pytest.raises(ValueError, match=r"no convolution with a norm; there are part\.0"):
+            standardize_parts(model, ["part"])
+
+
 def test_the_rule_on_plain_convolutions(caplog):
     with caplog.at_level(logging.INFO):
         model = standardize_parts(nn.ModuleDict({"odd": Odd()}), ["odd"])
@@ -274,6 +299,15 @@ def test_a_stock_config_is_left_alone(tiny_cfg):
     cfg = tiny(tiny_cfg, "MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN")
     del cfg.MODEL["WS"], cfg.MODEL["BCN"]
     assert not standardized(build_model(cfg))
+
+
+def test_building_is_prepared_once(tiny_cfg):
+    """Registered again (by a reload, say), it is the same function, around Detectron2's own."""
+    before = meta_arch.build_model
+    register_preparation()
+    assert meta_arch.build_model is before is build_model  # as detectron2.modeling exports it
+    assert before.__wrapped__.__module__ == "detectron2.modeling.meta_arch.build"
+    assert not hasattr(before.__wrapped__, "__wrapped__")
 
 
 def test_the_stem_of_deeplab_is_not_dropped():
