@@ -63,7 +63,7 @@ def run(monkeypatch, tmp_path):
 
     def call(frozen=(), how=None, **values):
         keys = {
-            **{"DATASETS.TRAIN": ("a", "b"), "DATASETS.TEST": "c", "SOLVER.IMS_PER_BATCH": 4},
+            **{"DATASETS.TRAIN": ("a", "b"), "DATASETS.TEST": "test", "SOLVER.IMS_PER_BATCH": 4},
             **{"MODEL.WEIGHTS": "", "OUTPUT_DIR": str(tmp_path), **values},
         }
         fake[:] = [Fake(keys)]
@@ -79,20 +79,24 @@ def test_a_training_is_checked_from_its_data_to_its_weights(run, tmp_path):
     weights.touch()
     assert run(**{"MODEL.WEIGHTS": str(weights)}) == [
         ("check_datasets", ["a", "b"], "DATASETS.TRAIN"),
-        ("check_datasets", ["c"], "DATASETS.TEST"),
+        ("check_datasets", ["test"], "DATASETS.TEST"),
         "training",
         ("weights", str(weights)),
-        ("check_sets", ["a", "b"], ["c"], ("wanted", True)),
+        ("check_sets", ["a", "b"], ["test"], ("wanted", True)),
     ]
 
 
 def test_an_evaluation_needs_nothing_of_training(run):
-    values = {"DATASETS.TRAIN": (), "SOLVER.IMS_PER_BATCH": 3, "MODEL.RECOMPUTE": ["absent"]}
+    values = {
+        "DATASETS.TRAIN": ("absent",),
+        "SOLVER.IMS_PER_BATCH": 3,
+        "MODEL.RECOMPUTE": ["absent"],
+    }
     frozen = ["first.weight"]
     assert run(frozen, {"eval_only": True, "world_size": 2}, **values) == [
         ("check_datasets", [], "DATASETS.TRAIN"),
-        ("check_datasets", ["c"], "DATASETS.TEST"),
-        ("check_sets", [], ["c"], ("wanted", False)),
+        ("check_datasets", ["test"], "DATASETS.TEST"),
+        ("check_sets", [], ["test"], ("wanted", False)),
     ]
     with pytest.raises(UsageError, match=r"^DATASETS\.TEST is empty: name a data set$"):
         run(how={"eval_only": True}, **{"DATASETS.TEST": ()})
