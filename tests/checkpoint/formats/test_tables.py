@@ -1,5 +1,7 @@
 """What is known of each format, line by line, and what a report says of it."""
 
+import re
+
 import pytest
 import torch
 
@@ -14,7 +16,13 @@ from wsbcn_d2.checkpoint.formats.recognise import (
     presume_formula,
     presume_pixels,
 )
-from wsbcn_d2.checkpoint.layout import BackboneLayout, check_shapes, infer_backbone, split_backbone
+from wsbcn_d2.checkpoint.layout import (
+    BackboneLayout,
+    check_shapes,
+    detector_shapes,
+    infer_backbone,
+    split_backbone,
+)
 from wsbcn_d2.checkpoint.metadata import DETECTRON2_BGR, DETECTRON_BGR, IMAGENET_RGB, Metadata
 from wsbcn_d2.checkpoint.report import ConversionReport
 
@@ -336,3 +344,80 @@ def test_a_report_of_what_is_not_known():
         *('MODEL.ROI_BOX_HEAD.NORM: ""', 'MODEL.ROI_MASK_HEAD.NAME: "MaskRCNNConvUpsampleHead"'),
         'MODEL.ROI_MASK_HEAD.NORM: ""',
     ]
+
+
+HEADS = {  # of a Faster R-CNN of two classes and five anchors, with a mask head
+    "backbone.fpn_lateral2.weight": (64, 64, 1, 1),
+    "proposal_generator.rpn_head.objectness_logits.weight": (5, 64, 1, 1),
+    "roi_heads.box_head.conv1.weight": (32, 64, 3, 3),
+    "roi_heads.box_head.conv1.norm.weight": (32,),
+    "roi_heads.box_head.fc1.weight": (24, 32 * 49),
+    "roi_heads.box_head.fc2.weight": (24, 24),
+    "roi_heads.box_predictor.cls_score.weight": (3, 24),
+    "roi_heads.box_predictor.bbox_pred.weight": (8, 24),
+    "roi_heads.mask_head.mask_fcn1.weight": (32, 64, 3, 3),
+    "roi_heads.mask_head.deconv.weight": (32, 96, 2, 2),
+    "roi_heads.mask_head.predictor.weight": (2, 96, 1, 1),
+}
+
+
+def test_a_detector_is_known_by_a_few_tensors():
+    """Widths and counts are its own, whatever else is Detectron2's."""
+    shapes = detector_shapes(meta_of(HEADS), LAYOUTS["R-18"])
+    found = {name: shapes[name] for name in HEADS if name in shapes}
+    assert found == {
+        **{name: shape for name, shape in HEADS.items() if "mask_head" not in name},
+        "roi_heads.mask_head.mask_fcn1.weight": (96, 64, 3, 3),
+        "roi_heads.mask_head.deconv.weight": (96, 96, 2, 2),
+        "roi_heads.mask_head.predictor.weight": (2, 96, 1, 1),
+    }
+    assert shapes["proposal_generator.rpn_head.anchor_deltas.weight"] == (20, 64, 1, 1)
+    assert shapes["backbone.fpn_output5.weight"] == (64, 64, 3, 3)
+    assert "roi_heads.box_head.conv2.weight" not in shapes
+    assert "roi_heads.box_head.fc3.weight" not in shapes
+    assert not any(name.startswith("backbone.bottom_up.") for name in shapes)
+    assert not any("fpn_" in name and ".norm." in name for name in shapes)
+    agnostic = {**HEADS, "roi_heads.box_predictor.bbox_pred.weight": (4, 24)}
+    agnostic["roi_heads.mask_head.predictor.weight"] = (1, 96, 1, 1)
+    shapes = detector_shapes(meta_of(agnostic), LAYOUTS["R-18"])
+    assert shapes["roi_heads.box_predictor.bbox_pred.weight"] == (4, 24)
+    assert shapes["roi_heads.mask_head.predictor.weight"] == (1, 96, 1, 1)
+    boxes = {name: shape for name, shape in HEADS.items() if "mask" not in name}
+    shapes = detector_shapes(meta_of(boxes), LAYOUTS["R-18"])
+    assert not any("mask" in name for name in shapes)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "backbone.fpn_lateral2.weight",
+        "proposal_generator.rpn_head.objectness_logits.weight",
+        "roi_heads.box_head.conv1.weight",
+        "roi_heads.box_predictor.cls_score.weight",
+        "roi_heads.box_predictor.bbox_pred.weight",
+        "roi_heads.mask_head.deconv.weight",
+        "roi_heads.mask_head.predictor.weight",
+    ],
+)
+def test_a_detector_lacks_what_tells_its_widths(name):
+    state = meta_of(HEADS)
+    state[name] = torch.empty(() if "mask" in name else (0, 4), device="meta")
+    shape = str(tuple(state[name].shape))
+    message = f"^{re.escape(name)} has shape {re.escape(shape)}: not a detector's$"
+    with pytest.raises(CheckpointError, match=message):
+        detector_shapes(state, LAYOUTS["R-18"])
+    if "conv1" not in name:
+        del state[name]
+        with pytest.raises(CheckpointError, match=f"^the detector has no {re.escape(name)}$"):
+            detector_shapes(state, LAYOUTS["R-18"])
+
+
+@pytest.mark.parametrize("lacks", ["head", "classes"])
+def test_a_detector_of_nothing(lacks):
+    state = meta_of(HEADS)
+    if lacks == "head":
+        state = {name: value for name, value in state.items() if "box_head" not in name}
+    else:
+        state["roi_heads.box_predictor.cls_score.weight"] = torch.empty(1, 24, device="meta")
+    with pytest.raises(CheckpointError, match="^the detector has no box head or no classes$"):
+        detector_shapes(state, LAYOUTS["R-18"])
