@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_detectron2_cfg
 
 from wsbcn_d2 import add_wsbcn_config, get_cfg
+from wsbcn_d2.config import WRONG_MODEL, UsageError, load_config, one_line, refusing
 from wsbcn_d2.layers import WS_FORMULAS
 from wsbcn_d2.study.plan import flatten
 
@@ -148,3 +149,49 @@ def test_the_shapes_variants_differ_in_norm_and_ws_alone(variant):
         k: v for k, v in base.items() if k not in expected
     }
     assert own["SOLVER.IMS_PER_BATCH"] == 1 and own["MODEL.WEIGHTS"] == ""
+
+
+@pytest.mark.parametrize(
+    "error, text",
+    [
+        (KeyError("a\n  b"), "a b"),  # whose text has quotes around it
+        (ValueError("a\n\tb  c"), "a b c"),
+        (KeyError(), "KeyError"),
+        (RuntimeError(""), "RuntimeError"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_an_error_in_a_line(error, text):
+    assert one_line(error) == text
+
+
+def test_errors_of_some_kinds_are_the_users():
+    refused = pytest.raises(UsageError, match="^before: why; mend$")
+    with refused as caught, refusing("before: ", KeyError, ValueError, mend="; mend"):
+        raise KeyError("why")
+    assert isinstance(caught.value.__cause__, KeyError)
+    own = UsageError("as it is")
+    with pytest.raises(UsageError) as caught, refusing("before: ", ValueError):
+        raise own
+    assert caught.value is own
+    with pytest.raises(TypeError, match="^other$"), refusing("before: ", KeyError, ValueError):
+        raise TypeError("other")
+    assert set(WRONG_MODEL) == {
+        *(KeyError, ValueError, AssertionError, AttributeError, TypeError, IndexError)
+    }
+
+
+def test_a_key_of_one_value_has_no_several(tmp_path):
+    (tmp_path / "base.yaml").write_text("MODEL: {WEIGHTS: a, RPN: {NMS_THRESH: 0.5}}\nSEED: 3\n")
+    path = tmp_path / "own.yaml"
+    path.write_text("_BASE_: base.yaml\nSEED: {A: 1}\n")
+    message = "SEED is one value in its _BASE_, here it has several"
+    with pytest.raises(UsageError, match=message) as caught:
+        load_config(str(path))
+    assert str(path) in str(caught.value)
+    path.write_text("_BASE_: base.yaml\nMODEL: {RPN: {NMS_THRESH: 0.25}}\n")
+    cfg = load_config(str(path))
+    assert (cfg.MODEL.WEIGHTS, cfg.MODEL.RPN.NMS_THRESH, cfg.SEED) == ("a", 0.25, 3)
+    path.write_text("_BASE_: base.yaml\nMODEL: 3\n")
+    with pytest.raises(UsageError):
+        load_config(str(path))

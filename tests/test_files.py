@@ -184,3 +184,32 @@ def test_progress_writes_few_lines_into_a_log(monkeypatch):
     lines = log.getvalue().replace("\r", "").splitlines()
     assert len([line for line in lines if line]) <= 3
     assert "looking: 100% 1000/1000" in log.getvalue()
+
+
+def test_a_log_is_not_written_to_more_often_than_is_said(monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    bar = progress(total=4, file=log, period=7.0, desc="looking")
+    assert (bar.mininterval, bar.maxinterval) == (7.0, 7.0)
+    own = progress(total=4, file=log, mininterval=1.5)  # who says more is heard
+    assert (own.mininterval, own.maxinterval) == (1.5, 30.0)
+    log.truncate(0)
+    bar.update(3)
+    bar.set_postfix_str("1 to go")
+    last = log.getvalue().replace("\r", "").strip("\0").rstrip().splitlines()[-1]
+    assert last.startswith("looking:  75% 3/4 [") and last.endswith(", 1 to go]")
+
+
+def test_a_lock_that_is_held_for_a_while_is_had_in_the_end(tmp_path, monkeypatch):
+    """With no patience it is tried once; with none given, until it is had."""
+    pauses = []
+    first = take_lock(tmp_path / "lock")
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0 + sum(pauses))
+    assert take_lock(tmp_path / "lock", 0.35) is None and pauses == [0.1] * 4
+    pauses.clear()
+    monkeypatch.setattr(
+        time, "sleep", lambda seconds: (pauses.append(seconds), len(pauses) < 50 or first.close())
+    )
+    with take_lock(tmp_path / "lock"):
+        assert pauses == [0.1] * 50

@@ -18,6 +18,7 @@ import tarfile
 import tempfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -575,3 +576,176 @@ def test_the_package_contains_its_kernels(tmp_path):
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", tmp_path]
     subprocess.run(command, cwd=ROOT, check=True)
     assert (tmp_path / "wsbcn_d2/layers/kernels/cpu.cpp").is_file()
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Nothing is installed: what would have been done, and what is there afterwards."""
+    done, there = [], ["Detectron2 0.6"]
+    for name in installer.SOURCES:
+        monkeypatch.setitem(
+            installer.SOURCES, name, lambda verbose, n=name: done.append((n, verbose))
+        )
+    monkeypatch.setattr(installer, "describe", lambda: there[0])
+    monkeypatch.setattr(installer, "python", lambda code: (there[0] is not None, code[:20]))
+    return done, there
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ([], []),
+        (["--source", "auto"], []),
+        (["--source", "git"], [("git", False)]),
+        (["--source", "pure", "--verbose"], [("pure", True)]),
+    ],
+)
+def test_an_explicit_source_is_installed_whatever_there_is(steps, words, expected, capsys):
+    done, _ = steps
+    assert installer.main(words) == 0 and done == expected
+    said = "installed" if expected else "already installed"
+    assert capsys.readouterr().out == f"{said}: Detectron2 0.6\n"
+
+
+def test_what_is_installed_has_to_work(steps, monkeypatch, capsys):
+    _, there = steps
+    there[0] = None
+    monkeypatch.setattr(
+        installer, "python", lambda code: (code == "import torch, torchvision", "a reason")
+    )
+    assert installer.main([]) == 1
+    error = "error: Detectron2 was installed but does not import: a reason\n"
+    assert capsys.readouterr().err == error
+    monkeypatch.setattr(installer, "probe_git", lambda: None)
+    monkeypatch.setattr(installer, "install_wheel", lambda *args: None)
+
+    def pip(*args, **options):
+        if args[0] == "wheel":
+            (Path(args[args.index("--wheel-dir") + 1]) / "detectron2-0.6-x.whl").touch()
+
+    monkeypatch.setattr(installer, "pip", pip)
+    with pytest.raises(InstallError, match="^the compiled Detectron2 does not work: a reason$"):
+        installer.install_git()
+
+
+@pytest.mark.parametrize("verbose, reason", [(True, "see above"), (False, "ERROR: the last one")])
+def test_why_pip_failed(verbose, reason, monkeypatch):
+    seen = []
+    output = {"stdout": "error: no\nERROR: the last one\n", "stderr": "note: none\n"}
+
+    def run(command, **options):
+        seen.append((command, options))
+        return SimpleNamespace(returncode=1, **output)
+
+    monkeypatch.setattr(installer, "run", run)
+    with pytest.raises(InstallError, match=f"^pip install failed: {reason}$"):
+        installer.pip("install", "x", verbose=verbose)
+    assert seen == [
+        (
+            [sys.executable, "-m", "pip", "install", "x"],
+            {"capture_output": not verbose, "timeout": None},
+        )
+    ]
+
+
+def test_which_repository_is_asked_for(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        installer, "run", lambda c, **k: seen.append((c, k)) or SimpleNamespace(returncode=0)
+    )
+    installer.probe_git()
+    url = "https://github.com/facebookresearch/detectron2.git"
+    assert seen == [(["git", "ls-remote", "--exit-code", url, "HEAD"], {"timeout": 10})]
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("name", ["opencv-python>=4", "opencv-python-headless"])
+def test_any_opencv_will_do(name, there, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        env_check.importlib.util, "find_spec", lambda n: asked.append(n) or (there or None)
+    )
+    assert env_check.problem(name) == (None if there else "cv2 (OpenCV) is missing")
+    assert asked == ["cv2"]
+
+
+def test_what_is_imported_when_all_is_there(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(env_check, "read_requirements", lambda extras: asked.append(extras) or [])
+
+    def broken(name):
+        asked.append(name)
+        if name == "detectron2.layers":
+            raise OSError("a broken binary")
+
+    monkeypatch.setattr(env_check.importlib, "import_module", broken)
+    assert env_check.main(["vis"]) == 1
+    assert capsys.readouterr().out == "detectron2.layers does not import: a broken binary\n"
+    assert asked == [["vis"], "torch", "torchvision", "detectron2.layers"]
+
+
+def test_requirements_of_the_wheel():
+    """Those of Detectron2 v0.6 that today's libraries can meet."""
+    assert set(wheel.REQUIRES) == {
+        *("Pillow>=7.1", "matplotlib", "pycocotools>=2.0.2", "termcolor>=1.1", "yacs>=0.1.8"),
+        *("tabulate", "cloudpickle", "tqdm>4.29.0", "tensorboard", "fvcore>=0.1.5,<0.1.6"),
+        *("iopath>=0.1.7", "omegaconf>=2.1", "hydra-core>=1.1"),
+    }
+
+
+def test_a_wheel_has_the_same_bytes_every_time(tmp_path):
+    tree = tmp_path / "tree"
+    folders = ["detectron2/a", *(f"projects/{folder}" for folder in wheel.PROJECTS.values())]
+    for folder in folders:
+        (tree / folder).mkdir(parents=True)
+        for name in ("x.py", "x.yaml", "x.pyc", "x.so"):
+            (tree / folder / name).write_text(folder)
+    (tree / "LICENSE").write_text("free")
+    made = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        made.append(wheel.build_wheel(tree, tmp_path / name))
+        os.utime(tree / "LICENSE", (1e9, 1e9))
+    assert made[0].name == made[1].name == "detectron2-0.6+pure-py3-none-any.whl"
+    assert made[0].read_bytes() == made[1].read_bytes()
+    with zipfile.ZipFile(made[0]) as archive:
+        names = archive.namelist()
+        about = archive.read("detectron2-0.6+pure.dist-info/WHEEL").decode().splitlines()
+        info = archive.read("detectron2-0.6+pure.dist-info/METADATA").decode().splitlines()
+    assert names[:4] == [
+        *("detectron2/a/x.py", "detectron2/a/x.yaml"),
+        *("detectron2/projects/point_rend/x.py", "detectron2/projects/point_rend/x.yaml"),
+    ]
+    assert len(names) == 2 * 4 + 4
+    assert about[0] == "Wheel-Version: 1.0"
+    assert about[2:] == ["Root-Is-Purelib: true", "Tag: py3-none-any"]
+    assert info[:3] == ["Metadata-Version: 2.1", "Name: detectron2", "Version: 0.6+pure"]
+    shutil.rmtree(tree / "projects/DeepLab")
+    with pytest.raises(InstallError, match="^projects/DeepLab/deeplab is missing from the unpack"):
+        wheel.build_wheel(tree, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("error: a\nERROR: b\nhint: c\n", "ERROR: b"),
+        ("x\n  fatal: d \n", "fatal: d"),
+        ("one\nno error here\n\n", "no error here"),
+        (" \n", "no output"),
+    ],
+)
+def test_the_line_that_says_what_went_wrong(text, line):
+    assert wheel.last_error(text) == line
+
+
+@pytest.mark.parametrize(
+    "name, what",
+    [
+        *((f"{kind}_rotated_forward", "rotated boxes") for kind in ("nms", "roi_align")),
+        ("deform_conv_forward", "deformable convolutions"),
+        ("InstanceAnnotation", r"the C\+\+ COCOeval \(evaluate with use_fast_impl=False\)"),
+    ],
+)
+def test_the_stub_says_what_an_operation_is_for(name, what):
+    with pytest.raises(stub.MissingExtensionError, match=rf"_C\.{name} is missing: .*out {what};"):
+        getattr(stub, name)

@@ -3,6 +3,7 @@
 import inspect
 
 import pytest
+import torch
 from conftest import ROOT
 from detectron2 import model_zoo as stock
 
@@ -72,3 +73,40 @@ def test_an_unknown_name_is_one_line(name):
 def test_a_similar_name_is_proposed():
     with pytest.raises(RuntimeError, match=f"Did you mean {MASK}.yaml"):
         model_zoo.get_config_file(MASK.replace("bcn_ws", "bcn-ws") + ".yaml")
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("device, with_gpu", [(None, "cuda"), ("cpu", "cpu"), ("meta", "meta")])
+def test_where_a_model_is_put_and_what_its_weights_have_to_be(device, with_gpu, there, monkeypatch):
+    built, loaded = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(model_zoo, "build_model", lambda cfg: built.append(cfg) or "model")
+    monkeypatch.setattr(
+        model_zoo.LoadExpectation, "from_model", lambda model, cfg: (model, cfg is built[-1])
+    )
+
+    class Checkpointer:
+        def __init__(self, model, *, expected):
+            loaded.append((model, expected))
+
+        def load(self, weights):
+            loaded.append(weights)
+
+    monkeypatch.setattr(model_zoo, "WSBCNCheckpointer", Checkpointer)
+    assert model_zoo.get(f"{MASK}.yaml", device=device) == "model"
+    assert (with_gpu if there or device else "cpu") == built[0].MODEL.DEVICE
+    assert loaded == [("model", ("model", True)), built[0].MODEL.WEIGHTS]
+
+
+def test_what_is_proposed(monkeypatch):
+    with pytest.raises(RuntimeError) as error:
+        model_zoo.get_config_file("qqqqqqqq")
+    assert str(error.value) == (
+        f"qqqqqqqq not available in Model Zoo! They are below {ROOT / 'configs'}"
+    )
+    with pytest.raises(RuntimeError) as error:
+        model_zoo.get_config_file(f"{MASK}.yam")
+    assert 1 <= str(error.value).count(" or ") <= 2
+    url = rf"^Pretrained model for {MASK}\.yaml is not available! There are those of published/$"
+    with pytest.raises(RuntimeError, match=url):
+        model_zoo.get_checkpoint_url(f"{MASK}.yaml")

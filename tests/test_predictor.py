@@ -1,6 +1,7 @@
 """The predictor: what the model predicts, from safe and fitting weights; pictures of it."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,8 @@ from torch import nn
 
 from wsbcn_d2 import Predictor, get_cfg, predictor
 from wsbcn_d2.checkpoint import CheckpointError, WSBCNCheckpointer
+from wsbcn_d2.config import UsageError
+from wsbcn_d2.data import DataError
 from wsbcn_d2.predictor import draw_predictions
 
 
@@ -217,3 +220,61 @@ def test_weights_that_do_not_fit_are_not_drawn(tmp_path, tiny_cfg, tiny_shapes):
     with pytest.raises(CheckpointError, match="other.pth"):
         draw_predictions(cfg, str(tmp_path / "out"))
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    "shape", [(4, 6), (4, 6, 1), (4, 6, 4), (0, 6, 3), (4, 0, 3), (1, 4, 6, 3)]
+)
+def test_what_is_no_picture_is_refused(shape):
+    found = Predictor.__new__(Predictor)
+    message = f"a picture has shape (height, width, 3), not {shape}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        found(np.zeros(shape, np.uint8))
+
+
+def test_pictures_are_read_as_bgr_with_the_models_range(tmp_path):
+    found = Predictor.__new__(Predictor)
+    found.picture_range = []
+    Image.new("RGB", (3, 2), (10, 20, 30)).save(tmp_path / "a.png")
+    assert found.read(tmp_path / "a.png")[0, 0].tolist() == [30, 20, 10]
+    Image.fromarray(np.full((2, 3), 50, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(DataError, match="deep.png has more than 8 bits"):
+        found.read(tmp_path / "deep.png")
+    found.picture_range = [0, 100]
+    assert found.read(tmp_path / "deep.png")[0, 0].tolist() == [128] * 3
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "has no config.yaml beside it: say which with --config-file"),
+        ("model: {}\n", "is of a Python config, which is code: if you trust it, --config-file "),
+        ("_BASE_: x.yaml\n", "is no whole config, it has a _BASE_: name it by --config-file"),
+        ("- 1\n", "config file .*holds no KEY: value lines"),
+    ],
+)
+def test_the_config_beside_a_checkpoint(content, message, tmp_path):
+    (tmp_path / "model.pth").touch()
+    if content:
+        (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UsageError, match=message) as error:
+        Predictor.from_checkpoint(tmp_path / "model.pth")
+    assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match=r"^checkpoint '.*absent\.pth' not found: check its path$"):
+        Predictor.from_checkpoint(tmp_path / "absent.pth")
+    with pytest.raises(UsageError, match="has no config.yaml beside it"):
+        Predictor.from_checkpoint("wsbcn://any")
+
+
+def test_a_python_configs_range_and_mapper_are_the_inner_ones(tmp_path):
+    inner = {"image_format": "L", "augmentations": []}
+    cfg = OmegaConf.create(
+        {
+            "model": LazyCall(torch.nn.Identity)(),
+            "train": {"device": "cpu", "init_checkpoint": ""},
+            "dataloader": {"test": {"mapper": {"limits": [0, 9], "mapper": inner}}},
+        }
+    )
+    found = Predictor(cfg)
+    assert (found.picture_range, found.input_format) == ([0, 9], "L")
+    assert found.metadata.name == "none" and len(found.aug.augs) == 0

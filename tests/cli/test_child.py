@@ -5,8 +5,10 @@ import os
 import resource
 import signal
 import sys
+import time
 
 import pytest
+import torch
 
 from wsbcn_d2.study import child
 
@@ -103,3 +105,37 @@ def test_pictures_are_drawn_of_a_run_that_ended_well_alone(run, monkeypatch):
     status, folder = run("", "--pictures", "4")
     assert status == 0
     assert drawn == [(CONFIG, ["SEED", "3", "OUTPUT_DIR", str(folder)], folder, 4)]
+
+
+def test_what_is_drawn_are_the_trained_models_predictions(monkeypatch, tmp_path):
+    import wsbcn_d2.predictor
+
+    asked = []
+    monkeypatch.setattr(child, "load_config", lambda *a: asked.append(a) or "cfg")
+    monkeypatch.setattr(
+        wsbcn_d2.predictor, "draw_predictions", lambda *a, **k: asked.append((a, k))
+    )
+    child._draw("a.yaml", ["SEED", "3"], tmp_path, 5)
+    weights = str(tmp_path / "model_final.pth")
+    assert asked == [
+        ("a.yaml", ["SEED", "3", "MODEL.WEIGHTS", weights]),
+        (("cfg", str(tmp_path / "predictions")), {"num_images": 5, "scale": 2}),
+    ]
+
+
+def test_memory_of_a_gpu_is_pytorchs_peak(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**29 + 2**18)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(time, "monotonic", lambda: 107.26)
+    assert child._session(100.0) == {
+        **{"wall_seconds": 7.3, "memory_mb": 1536, "memory_kind": "CUDA", "hardware": "a GPU"}
+    }
+    assert child.hardware(gpu=True) == child.hardware() == "a GPU"
+    assert child.hardware(gpu=False).endswith(f", {os.cpu_count()} cores")
+
+
+def test_a_run_without_options_draws_nothing_and_watches_nobody(run, monkeypatch):
+    monkeypatch.setattr(child, "_draw", lambda *a: pytest.fail("drawn"))
+    monkeypatch.setattr(child, "end_with_parent", lambda *a: pytest.fail("watched"))
+    assert run("")[0] == 0

@@ -9,6 +9,7 @@ import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -23,11 +24,21 @@ from pycocotools import mask as mask_util
 
 from wsbcn_d2.cli.predict import main as predict
 from wsbcn_d2.data import DataError, RangeMapper, read_picture, register_coco_sets
-from wsbcn_d2.data.checks import Wanted, check_sets, look, look_at, memory, summarize
+from wsbcn_d2.data.checks import (
+    Wanted,
+    check_sets,
+    fit,
+    look,
+    look_at,
+    memory,
+    pictures,
+    summarize,
+)
 from wsbcn_d2.data.checks.annotations import check_content
 from wsbcn_d2.data.checks.findings import Findings, shown
-from wsbcn_d2.data.checks.masks import _sum_of_runs, _unpack
+from wsbcn_d2.data.checks.masks import _sum_of_runs, _unpack, check_mask
 from wsbcn_d2.data.drawing import draw_some
+from wsbcn_d2.data.picture_range import is_deep
 from wsbcn_d2.engine import load_config
 from wsbcn_d2.engine.from_config import schedule_by_epochs
 
@@ -1040,3 +1051,216 @@ def test_registering_again_and_elsewhere(tmp_path, monkeypatch):
     register_coco_sets([{"NAME": "test_set", "JSON": "set.json", "IMAGES": "set"}])
     assert MetadataCatalog.get("test_set").json_file == entry["JSON"]
     assert len(DatasetCatalog.get("test_set")) == 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("listed", ["as stored", "as seen"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_every_way_that_exif_turns_a_picture(orientation, listed, kind, tmp_path):
+    """One that is mirrored or upside down is refused; on its side, if it is not listed so."""
+    stored = (72, 64)
+    if kind == "TIFF":
+        Image.new("RGB", stored).save(
+            tmp_path / "a", "TIFF", tiffinfo={EXIF_ORIENTATION: orientation}
+        )
+    else:
+        exif = Image.Exif()
+        exif[EXIF_ORIENTATION] = orientation
+        Image.new("RGB", stored).save(tmp_path / "a", kind, exif=exif)
+    sideways = orientation >= 5
+    width, height = stored[::-1] if listed == "as seen" and sideways else stored
+    entry = {"file_name": "a", "width": width, "height": height}
+    fault, notes, deep = pictures._look(str(tmp_path / "a"), entry, False)
+    assert deep == ""
+    if orientation == 1:
+        assert fault is None and notes == []
+    elif sideways and listed == "as seen" and kind != "TIFF":
+        assert fault is None
+        assert notes == ["turned by EXIF, and listed with the size that is seen then"]
+    else:
+        assert fault[0] == "EXIF turns the picture, which Detectron2 obeys"
+        assert fault[1] == f"a, orientation {orientation}" and notes == []
+
+
+def test_pictures_that_are_too_large_or_elsewhere(tmp_path, monkeypatch):
+    entry = {"file_name": "0.png", "width": 64, "height": 72}
+    write(tmp_path, a_set())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    fault, _, _ = pictures._look(str(tmp_path / "set" / "0.png"), entry, True)
+    assert fault == ("picture of too many pixels", "0.png", "cut it into tiles")
+    url = {**entry, "file_name": "http://x/0.png"}
+    fault, _, _ = pictures._look(str(tmp_path / "set" / "http://x/0.png"), url, True)
+    mend = "download it: file_name is a path in the picture folder"
+    assert fault == ("picture that is missing", "http://x/0.png", mend)
+    fault, _, _ = pictures._look(
+        str(tmp_path / "set" / "a" / "0.png"), {**entry, "file_name": "a/0.png"}, True
+    )
+    folder = tmp_path / "set" / "a"
+    assert fault[2] == f"put it into {folder}, or give the folder that file_name starts from"
+
+
+@pytest.mark.parametrize("count, shown", [(5000, []), (5001, [5001])])
+def test_progress_is_shown_of_large_sets(count, shown, tmp_path, monkeypatch):
+    totals = []
+    monkeypatch.setattr(pictures, "_look", lambda *a: (None, [], ""))
+    monkeypatch.setattr(
+        pictures, "progress", lambda seen, *, total, desc: totals.append(total) or seen
+    )
+    entry = {"file_name": "a", "width": 3, "height": 4}
+    found = Findings()
+    entries = [{**entry, "width": 9}, *[entry] * (count - 1)]
+    pictures.check_pictures(entries, str(tmp_path), found)
+    assert totals == shown and found.facts == {"deep": 0, "sizes": [[3, 4], [9, 4]]}
+
+
+def kinds(content):
+    return [fault.what for fault in looked_at(content).serious()]
+
+
+def test_a_fault_is_said_once_and_not_what_follows_of_it():
+    """Annotations of a picture that is no picture, a set that so has no object."""
+    content = a_set()
+    del content["images"][0]["file_name"]
+    assert kinds(content) == ["image without a file_name"]
+    content["annotations"] = []
+    assert kinds(content) == ["image without a file_name"]
+    content = a_set()
+    content["annotations"] = []
+    assert kinds(content) == ["no object in the whole set"]
+
+
+@pytest.mark.parametrize("names", ["nose", [1, 2], {"a": "b"}])
+def test_keypoints_of_a_category_are_names(names):
+    content = a_set()
+    content["categories"][1]["keypoints"] = names
+    found = looked_at(content)
+    (fault,) = found.serious()
+    assert (fault.what, fault.where, fault.mend) == (
+        "keypoints of a category that are no names",
+        "category 2",
+        "list the keypoints' names",
+    )
+
+
+def test_facts_of_keypoints_and_classes():
+    content = a_set()
+    keypoints(3)(content, None)
+    for annotation in content["annotations"][:2]:
+        annotation["keypoints"] = [9, 9, 2] * 2
+    content["annotations"][5]["keypoints"] = []
+    content["categories"].reverse()
+    facts = looked_at(content).facts
+    assert (facts["keypoints"], facts["points"], facts["keypoint_names"]) == (5, [2, 3], [])
+    assert facts["categories"] == [[1, "round"], [2, "long"]]
+    assert facts["per_class"] == {"1": 3, "2": 3} and list(facts["per_class"]) == ["1", "2"]
+    assert (facts["images"], facts["with_objects"], facts["first_polygons"]) == (3, 3, 1)
+
+
+@pytest.mark.parametrize("key", ["area", "iscrowd"])
+@pytest.mark.parametrize("value", [None, "0", True, float("inf"), []])
+def test_numbers_of_an_annotation_that_are_none(key, value):
+    content = a_set()
+    content["annotations"][0][key] = value
+    found = looked_at(content)
+    whats = [fault.what for fault in found.serious()]
+    assert f"annotation without {key!r}" in whats
+    assert f"annotation without {key!r}" not in [f.what for f in found.serious(test=False)]
+    content = a_set()
+    content["annotations"][0]["bbox"][2] = value
+    assert kinds(content) == ["bbox that is not four finite numbers"]
+
+
+@pytest.mark.parametrize(
+    "boxes, faults",
+    [
+        ([[0, 0, 1, 1]], 0),  # one alone may be a small object
+        ([[0, 0, 1, 1], [0.5, 0, 0.5, 1]], 1),
+        ([[0, 0, 1, 1], [0.5, 0, 0.5, 1.5]], 0),
+    ],
+)
+def test_shares_are_told_by_all_of_several_boxes(boxes, faults):
+    content = a_set()
+    one = content["annotations"][0]
+    content["annotations"] = [{**one, "id": i, "bbox": box} for i, box in enumerate(boxes, 1)]
+    assert kinds(content) == ["boxes that look like shares of the picture"] * faults
+
+
+@pytest.mark.parametrize(
+    "mask, kind, faults",
+    [
+        ([[1, 1, 9, 1, 9, 9]], "polygons", 0),
+        ([[1, 1, 9, 1, 9.5, float("nan")]], "polygons", 1),
+        ([[1, 1, 9, 1, 9, True]], "polygons", 1),
+        (([], {}, None), "unmasked", 0),
+        (((), "", 3), "unmasked", 1),
+    ],
+)
+def test_kinds_of_masks(mask, kind, faults):
+    for each in mask if isinstance(mask, tuple) else (mask,):
+        found = Findings()
+        assert check_mask(each, {"height": 9, "width": 9}, "here", found) == kind
+        assert len(found.faults) == faults, each
+
+
+@pytest.mark.parametrize(
+    "counts, pixels",
+    [
+        *(([3, 4], 7), ([], 0), ([0, 7], 7), ([-1, 8], -1), ([3.0, 4], -1), ([True, 6], -1)),
+        *((None, -1), ("", -1), ("P", -1), ("1p", -1), (b"07", -1), ("07", 7)),
+    ],
+)
+def test_pixels_that_run_lengths_cover(counts, pixels):
+    assert _sum_of_runs(counts) == pixels
+
+
+def test_sets_of_detectron2_and_others_formats_are_not_looked_at(tmp_path, monkeypatch):
+    looked = []
+    stock = fit.look_at
+    monkeypatch.setattr(fit, "look_at", lambda *a: looked.append(a) or stock(*a))
+    entry = write(tmp_path, a_set())
+    for name, more in {
+        "test_other_format": {"evaluator_type": "pascal_voc", "json_file": entry["JSON"]},
+        "test_no_file": {"evaluator_type": "coco"},
+        "test_rendered": {"evaluator_type": "coco", "json_file": "absent", "generator": print},
+    }.items():
+        DatasetCatalog.register(name, list)
+        MetadataCatalog.get(name).set(image_root=entry["IMAGES"], **more)
+    names = ["coco_2017_train", "keypoints_coco_2017_val"]
+    check_sets([*names, "test_other_format"], ["test_no_file", "test_rendered"], Wanted())
+    assert looked == []
+    register_coco_sets([entry])
+    check_sets(["test_set"], ["test_set"], Wanted())
+    assert looked == [(entry["JSON"], entry["IMAGES"])]
+    content = a_set()
+    del content["annotations"][0]["area"]
+    Path(entry["JSON"]).write_text(json.dumps(content))
+    check_sets(["test_set"], [], Wanted())
+    with pytest.raises(DataError, match="annotation without 'area'"):
+        check_sets(["test_set"], ["test_set"], Wanted())
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    (fault,) = look_at(str(tmp_path / "no.json"), str(tmp_path)).serious()
+    where = f"{tmp_path / 'no.json'}: No such file or directory"
+    assert str(fault) == f"no annotation file ({where}): check the path"
+
+
+@pytest.mark.parametrize(
+    "mode, deep",
+    [
+        *((mode, True) for mode in ("I", "F", "I;16", "I;16B", "I;16L")),
+        *((mode, False) for mode in ("1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr")),
+    ],
+)
+def test_modes_of_more_than_8_bits(mode, deep):
+    assert is_deep(SimpleNamespace(mode=mode)) is deep
+
+
+def test_epochs_of_few_pictures_are_a_step(tmp_path):
+    options = [
+        *("DATASETS.COCO_SETS", str([write(tmp_path, a_set())]), "DATASETS.TRAIN", "('test_set',)"),
+        *("SOLVER.EPOCHS", "1", "SOLVER.IMS_PER_BATCH", "100", "TEST.EVAL_PERIOD", "0"),
+    ]
+    cfg = schedule_by_epochs(load_config(CONFIG, options))
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.EPOCHS, cfg.TEST.EVAL_PERIOD) == (1, 0, 0)
+    assert cfg.SOLVER.WARMUP_ITERS == 0

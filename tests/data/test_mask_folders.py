@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import inspect
 import io
 import json
 import shutil
@@ -17,7 +18,12 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from wsbcn_d2.data import DataError, default_root, register_nuclei
-from wsbcn_d2.data.mask_folders import _Files, _validation, prepare_mask_folders
+from wsbcn_d2.data.mask_folders import (
+    _Files,
+    _object,
+    _validation,
+    prepare_mask_folders,
+)
 from wsbcn_d2.engine import UsageError, check_config, load_config
 from wsbcn_d2.files import locked
 
@@ -385,3 +391,54 @@ def test_what_was_prepared_is_registered(registered):
     shutil.rmtree(registered / "nuclei" / "train")
     with pytest.raises(UsageError, match="train not found"):
         check_config(cfg)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "PA", "LA", "RGBA", "RGB", "L", "I", "F"])
+def test_what_is_not_black_is_the_object(mode):
+    """In inks black is the last one's full, in YCbCr neither channel of colour is 0."""
+    colours = [(0, 0, 0), (0, 0, 60), (255, 255, 255)]
+    image = Image.new("RGB", (3, 1))
+    for x, colour in enumerate(colours):
+        image.putpixel((x, 0), colour)
+    if mode == "CMYK":
+        image = Image.new("CMYK", (3, 1))
+        for x, inks in enumerate(((0, 0, 0, 255), (255, 255, 0, 195), (0, 0, 0, 0))):
+            image.putpixel((x, 0), inks)
+    elif mode == "PA":
+        image = image.convert("RGBA").convert("PA")
+    elif mode in ("I", "F"):
+        image = image.convert("L").convert(mode)
+    else:
+        image = image.convert(mode)
+    if mode in ("LA", "RGBA"):
+        image.putalpha(0)
+    found = _object(image)
+    assert found.dtype == bool and found.tolist() == [[False, True, True]]
+
+
+def test_what_is_written_beside_the_objects(tmp_path):
+    source = in_folder(published()[0], tmp_path / "in")
+    prepare_mask_folders(source, tmp_path / "out", category="cell")
+    for split in ("train", "val"):
+        content = annotations(tmp_path / "out", split)
+        text = f"cell, {split}, from one mask file per object"
+        assert content["info"] == {"description": text} and content["licenses"] == []
+        assert content["categories"] == [{"id": 1, "name": "cell"}]
+    options = inspect.signature(prepare_mask_folders).parameters
+    assert {name: p.default for name, p in options.items() if p.kind is p.KEYWORD_ONLY} == {
+        **{"category": "nucleus", "val_share": 0.2, "val_names": None}
+    }
+
+
+def test_names_that_are_no_pictures_of_a_set(tmp_path):
+    files, _ = published(2)
+    files |= {"images/x.png": b"?", "stage1_train/0a0/other/x.png": b"?", "a/images/x.gif": b"?"}
+    counts = prepare_mask_folders(in_folder(files, tmp_path / "in"), tmp_path / "o", val_share=0.5)
+    assert [counts[split]["images"] for split in ("train", "val")] == [1, 1]
+    with pytest.raises(DataError, match=r"no NAME/images and NAME/masks with \.png, \.jpg, "):
+        prepare_mask_folders(in_folder({"a/images/x.png": b""}, tmp_path / "no"), tmp_path / "p")
+    with pytest.raises(DataError, match=r"absent\.zip not found: give the set's folder or zip"):
+        prepare_mask_folders(tmp_path / "absent.zip", tmp_path / "p")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(DataError, match="there is there already: remove it, or give another name"):
+        prepare_mask_folders(tmp_path / "in", tmp_path / "there", val_share=0.5)

@@ -1,5 +1,8 @@
 """Gradient accumulation: the step of the whole batch, in micro-batches."""
 
+import contextlib
+import time
+
 import pytest
 import torch
 from detectron2.engine import AMPTrainer, SimpleTrainer
@@ -124,3 +127,61 @@ def test_one_part_leaves_the_trainer_alone_and_none_is_refused():
     assert type(trainer) is SimpleTrainer
     with pytest.raises(ValueError, match="ACCUMULATE must be positive, not 0"):
         accumulate(trainer, 0)
+
+
+def test_a_model_in_evaluation_is_not_trained():
+    model, data = Model(), [[torch.ones(3).double()] * 2]
+    trainer = SimpleTrainer(model, data, torch.optim.SGD(model.parameters(), 0.1))
+    accumulate(trainer, 2)
+    model.eval()
+    with pytest.raises(AssertionError, match="SimpleTrainer. model was changed to eval mode"):
+        trainer.run_step()
+
+
+def test_times_and_calls_of_a_step(monkeypatch):
+    """The loader's time alone is the data's; what Detectron2's main branch does after backward."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    model, seen = Model(), []
+
+    class Loader:
+        def __iter__(self):
+            while True:
+                now[0] += 3.0
+                yield [torch.ones(3).double()] * 2
+
+    model.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 100.0))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    trainer = SimpleTrainer(model, Loader(), optimizer)
+    trainer.after_backward = lambda: seen.append(model.layer.weight.grad.clone())
+    trainer._write_metrics = lambda losses, data_time: seen.append((list(losses), data_time))
+    accumulate(trainer, 2)
+    for _ in range(2):
+        trainer.run_step()
+    assert seen[1] == seen[3] == (["a", "b"], 3.0)
+    assert not torch.equal(seen[0], 2 * seen[2]) and len(seen) == 4
+    assert torch.equal(seen[2], model.layer.weight.grad)  # of this step alone
+
+
+@pytest.mark.parametrize("precision, expected", [(None, torch.float16), (torch.bfloat16, None)])
+def test_mixed_precision_is_the_trainers(precision, expected, monkeypatch):
+    asked = []
+
+    def autocast(device, *, dtype):
+        asked.append((device, dtype))
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+    model = Model()
+    data = [[torch.ones(3).double()] * 2]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    trainer = AMPTrainer(model, data, optimizer, grad_scaler=Scaler())
+    if precision is None:
+        trainer.__dict__.pop("precision", None)  # as in v0.6
+    else:
+        trainer.precision = precision
+    accumulate(trainer, 2)
+    with EventStorage(0) as storage:
+        trainer.iter, trainer.storage = 0, storage
+        trainer.run_step()
+    assert asked == [("cuda", expected or precision)]

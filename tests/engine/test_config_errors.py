@@ -10,7 +10,9 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from wsbcn_d2 import data
+from wsbcn_d2.data.checks import Wanted
 from wsbcn_d2.engine import UsageError, check_config, load_config, processes
+from wsbcn_d2.engine.checks import check_datasets, from_yaml
 
 CONFIG = ROOT / "configs" / "shapes" / "mask_rcnn_R_18_FPN_bcn_ws.yaml"
 GN_CONFIG = ROOT / "configs" / "shapes" / "mask_rcnn_R_18_FPN_gn.yaml"
@@ -299,3 +301,78 @@ def test_as_a_command(tmp_path):
     assert len(errors) == 1 and "unknown norm 'BNC'" in errors[0]
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "architecture, key, classes",
+    [
+        ("GeneralizedRCNN", "MODEL.ROI_HEADS.NUM_CLASSES", 11),
+        ("PanopticFPN", "MODEL.ROI_HEADS.NUM_CLASSES", 11),
+        ("RetinaNet", "MODEL.RETINANET.NUM_CLASSES", 22),
+        ("WSRetinaNet", "MODEL.RETINANET.NUM_CLASSES", 22),
+        ("ProposalNetwork", "", None),
+    ],
+)
+def test_what_a_config_says_of_its_data(architecture, key, classes, tiny_options):
+    options = ["MODEL.META_ARCHITECTURE", architecture, "INPUT.RANDOM_FLIP", "none"]
+    options += ["MODEL.ROI_HEADS.NUM_CLASSES", "11", "MODEL.RETINANET.NUM_CLASSES", "22"]
+    options += ["MODEL.MASK_ON", "False", "INPUT.MASK_FORMAT", "bitmask"]
+    options += ["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "7", "INPUT.PICTURE_RANGE", "[1, 9]"]
+    cfg = load_config(str(CONFIG), [*tiny_options, *options])
+    expected = Wanted(classes=classes, picture_range=[1, 9], classes_key=key)
+    assert from_yaml._YamlSetup(cfg).wanted(True) == expected
+    more = ["MODEL.KEYPOINT_ON", "True", "INPUT.RANDOM_FLIP", "vertical", "MODEL.MASK_ON", "True"]
+    more += ["TEST.KEYPOINT_OKS_SIGMAS", "[0.1, 0.2]", "INPUT.MASK_FORMAT", "polygon"]
+    cfg = load_config(str(CONFIG), [*tiny_options, *options, *more])
+    found = from_yaml._YamlSetup(cfg).wanted(True)
+    assert (found.keypoints, found.sigmas, found.flip) == (7, 2, True)
+    assert (found.masks, found.mask_format) == (True, "polygon")
+
+
+def test_what_is_wanted_of_data_unless_said_otherwise():
+    assert vars(Wanted()) == {
+        **{"classes": None, "masks": False, "mask_format": "bitmask", "keypoints": 0, "sigmas": 0},
+        **{"flip": False, "picture_range": (), "classes_key": "MODEL.ROI_HEADS.NUM_CLASSES"},
+        **{"masks_key": "MODEL.MASK_ON", "format_key": "INPUT.MASK_FORMAT"},
+    }
+
+
+@pytest.mark.parametrize(
+    "image_format, means, refused",
+    [
+        *(("YUV-BT.601", 3, False), ("YUV-BT.601", 1, True), ("RGB", 3, False), ("RGB", 1, True)),
+        *(("BGR", 4, True), ("L", 1, False), ("other", 4, False)),
+    ],
+)
+def test_so_many_pixel_statistics_as_channels(image_format, means, refused, tiny_options):
+    options = ["INPUT.FORMAT", image_format, "MODEL.PIXEL_MEAN", str([1.0] * means)]
+    cfg = load_config(str(CONFIG), [*tiny_options, *options, "MODEL.PIXEL_STD", str([1.0] * means)])
+    if refused:
+        channels = 1 if image_format == "L" else 3
+        message = f"INPUT.FORMAT {image_format} needs {channels} numbers each"
+        with pytest.raises(UsageError, match=message):
+            from_yaml._YamlSetup(cfg).wanted(True)
+    else:
+        from_yaml._YamlSetup(cfg).wanted(True)
+    cfg = load_config(str(CONFIG), [*tiny_options, *options, "MODEL.PIXEL_STD", "[1.0, 1.0]"])
+    with pytest.raises(UsageError, match=f"not {means} and 2"):
+        from_yaml._YamlSetup(cfg).wanted(False)
+
+
+def test_how_to_get_a_set_is_said(tmp_path, monkeypatch):
+    name = "test_how_to_get"
+    DatasetCatalog.register(name, lambda: [])
+    metadata = MetadataCatalog.get(name).set(json_file=str(tmp_path / "a.json"))
+    try:
+        with pytest.raises(UsageError) as error:
+            check_datasets([name], "KEY")
+        start = f"KEY: dataset '{name}' is absent: {tmp_path}/a.json not found; "
+        end = " and set DETECTRON2_DATASETS to the folder that holds it"
+        assert str(error.value) == f"{start}get the dataset{end}"
+        metadata.how_to_get = "ask somebody"
+        with pytest.raises(UsageError) as error:
+            check_datasets([name], "KEY")
+        assert str(error.value) == f"{start}ask somebody{end}"
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)

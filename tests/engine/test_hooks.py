@@ -1,5 +1,6 @@
 """The hooks, on Detectron2's ``SimpleTrainer``: no trainer of this project is needed."""
 
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +13,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from wsbcn_d2 import BatchChannelNorm2d, EstimatedBatchNorm2d
-from wsbcn_d2.engine import EstimateSync, UpdateRateSchedule
+from wsbcn_d2.engine import ChannelMonitor, EstimateSync, UpdateRateSchedule
 from wsbcn_d2.engine import hooks as own_hooks
+from wsbcn_d2.engine.from_config import estimate_hooks
 
 STEPS = 8
 
@@ -149,3 +151,34 @@ def test_estimate_sync_averages_after_every_step(monkeypatch):
     means = torch.cat([norm.running_mean for norm in model.estimated()])
     assert_close(means.double(), calls[-1][:8] / 2)
     assert [norm.num_batches_tracked for norm in model.estimated()] == [STEPS, STEPS]
+
+
+def test_without_a_rate_it_is_the_models_and_that_is_said(caplog):
+    model = Model()
+    for norm in model.estimated():
+        norm.momentum = 0.125
+    with caplog.at_level(logging.INFO, logger="wsbcn_d2"):
+        recorder = train(UpdateRateSchedule(), model=model)
+    assert recorder.rates == [[0.125, 0.125]] * STEPS
+    said = [r.getMessage() for r in caplog.records if r.name.startswith("wsbcn_d2")]
+    assert said == ["Running estimates of 2 norms: update rate 0.125, schedule constant"]
+
+
+@pytest.mark.parametrize(
+    "options, kinds, rate",
+    [
+        ({}, [UpdateRateSchedule, EstimateSync], None),
+        ({"sync_estimates": False, "update_rate": 0.5}, [UpdateRateSchedule], 0.5),
+        (
+            {"monitor_period": 7, "first_batch_init": False},
+            [UpdateRateSchedule, EstimateSync, ChannelMonitor],
+            None,
+        ),
+    ],
+)
+def test_what_looks_after_estimates(options, kinds, rate):
+    found = estimate_hooks(**options)
+    assert [type(hook) for hook in found] == kinds
+    assert (found[0]._rate, found[0]._schedule) == (rate, "constant")
+    with pytest.raises(ValueError, match="period"):
+        estimate_hooks(monitor_period=-1)

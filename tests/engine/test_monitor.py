@@ -10,7 +10,10 @@ from torch import nn
 
 from wsbcn_d2 import BatchChannelNorm2d, EstimatedBatchNorm2d
 from wsbcn_d2.engine import ChannelMonitor, Trainer
+from wsbcn_d2.engine import monitor as monitor_module
 from wsbcn_d2.engine.monitor import MAX_SHIFT, part_of
+
+QUANTITIES = ("inactive", "shift", "estimate_error")
 
 
 class Net(nn.Module):
@@ -250,3 +253,57 @@ def test_the_trainer_adds_it_by_config(tiny_cfg, monkeypatch, tmp_path):
         cfg = tiny_cfg("OUTPUT_DIR", str(tmp_path), "MODEL.BCN.MONITOR_PERIOD", period)
         found = [h for h in Trainer(cfg)._hooks if isinstance(h, ChannelMonitor)]
         assert [hook._period for hook in found] == [period] * bool(period)
+
+
+@pytest.mark.parametrize(
+    "options, window", [((100,), 8), ((3,), 3), ((8, 9), 8), ((5, 0), 1), ((5, 2), 2)]
+)
+def test_a_window_is_eight_steps_and_no_longer_than_the_period(options, window):
+    monitor = ChannelMonitor(*options)
+    assert (monitor._window, monitor._threshold) == (window, 0.99)
+
+
+@pytest.mark.parametrize("active, inactive", [(9, 0.5), (11, 0.0)])
+def test_more_than_99_of_100_positions_are_never_active(active, inactive):
+    norm = EstimatedBatchNorm2d(2, momentum=0.0)
+    norm.num_batches_tracked.fill_(1)
+    x = torch.full((1, 2, 25, 40), -1.0)
+    x[0, 0].view(-1)[:active] = 1.0
+    x[0, 1] = 1.0
+    assert watch(norm, [x])["channels/backbone/inactive_mean"] == {0: inactive}
+
+
+def test_figures_are_those_of_one_window_and_of_the_first_process(monkeypatch):
+    """Not smoothed with those of earlier windows; other processes watch nothing."""
+    norm = EstimatedBatchNorm2d(1, momentum=0.0)
+    net, hints = Net(norm), []
+
+    class Look(HookBase):
+        def after_step(self):
+            hints.append(dict(self.trainer.storage.smoothing_hints()))
+
+    for main in (True, False):
+        monkeypatch.setattr(monitor_module.comm, "is_main_process", lambda main=main: main)
+        trainer = SimpleTrainer(
+            net, [-torch.ones(1, 1, 4, 4)] * 2, torch.optim.SGD(net.parameters(), lr=0.0)
+        )
+        trainer._write_metrics = lambda *_: None
+        trainer.register_hooks([ChannelMonitor(1), Look()])
+        trainer.train(0, 2)
+    names = {f"channels/backbone/{q}_{h}" for q in QUANTITIES for h in ("mean", "max")}
+    assert hints[0] == dict.fromkeys(names, False) and hints[-1] == {}
+
+
+def test_outputs_that_are_no_maps_are_not_watched():
+    layer = monitor_module._Layer("part", nn.BatchNorm1d(3))
+    layer.observe(layer.module, (torch.randn(4, 3),), torch.randn(4, 3))
+    assert layer.finish(0.99) == {}
+
+
+def test_a_constant_channel_has_no_nan():
+    """E[y^2] - E[y]^2 may round below zero."""
+    layer = monitor_module._Layer("part", nn.GroupNorm(1, 1))
+    for value in (0.1, 1e3 / 3, 0.0):
+        layer.observe(layer.module, (), torch.full((1, 1, 7, 7), value))
+        shift = layer.finish(0.99)["shift"].item()
+        assert shift == (MAX_SHIFT if value else 0)

@@ -1,6 +1,8 @@
 """Starting a job: Detectron2's launcher, or the environment of torchrun."""
 
+import logging
 import socket
+import sys
 from argparse import Namespace
 
 import pytest
@@ -8,8 +10,14 @@ import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
-from wsbcn_d2.engine import launch
-from wsbcn_d2.engine.processes import _run_rank, is_python, run_command, world_size_of
+from wsbcn_d2.engine import launch, processes
+from wsbcn_d2.engine.processes import (
+    _run_rank,
+    is_python,
+    one_line_errors,
+    run_command,
+    world_size_of,
+)
 
 
 def arguments(**kwargs):
@@ -122,3 +130,101 @@ def test_a_python_config_is_known_by_its_name_or_by_what_its_run_has_saved(
     if text:
         path.write_text(text)
     assert is_python(str(path) if name else "") is expected
+
+
+@pytest.mark.parametrize("present", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+def test_a_part_of_torchruns_environment_is_none(no_torchrun, monkeypatch, present):
+    """As a scheduler may leave one of the variables behind."""
+    monkeypatch.setenv(present, "3")
+    assert world_size_of(arguments(num_gpus=2)) == 2
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2])
+def test_where_there_are_gpus_detectron2_starts_the_processes(no_torchrun, monkeypatch, gpus):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(
+        processes, "launch_detectron2", lambda *a, **k: asked.append((a, k)) or "result"
+    )
+    args = arguments(
+        num_gpus=max(gpus, 1), num_machines=3 if gpus else 1, machine_rank=2, dist_url="tcp://x:1"
+    )
+    assert launch(print, args) == "result"
+    place = {"num_machines": args.num_machines, "machine_rank": 2, "dist_url": "tcp://x:1"}
+    assert asked == [((print, args.num_gpus), {**place, "args": (args,)})]
+
+
+@pytest.mark.parametrize(
+    "machines, given, own",
+    [(1, "auto", True), (1, "tcp://x:1", True), (2, "tcp://x:1", False), (2, "auto", True)],
+)
+def test_processes_without_gpus_meet_in_a_file_or_where_they_are_told(
+    no_torchrun, monkeypatch, machines, given, own
+):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.multiprocessing, "spawn", lambda *a, **k: asked.append((a, k)))
+    args = arguments(num_gpus=2, num_machines=machines, dist_url=given)
+    assert launch(print, args) is None
+    (((run, (size, main, passed, url)), options),) = asked
+    assert run is _run_rank and (size, main, passed) == (2, print, args)
+    assert options == {"nprocs": 2}
+    assert (url.startswith("file:///") and url.endswith("/rendezvous")) if own else url == given
+
+
+@pytest.mark.parametrize(
+    "result, error, code",
+    [
+        (3, None, 3),
+        (0, None, 0),
+        (None, None, 0),
+        ({"bbox": 1}, None, 0),
+        (None, processes.UsageError("a\nb"), 2),
+        (None, processes.DataError("no"), 2),
+        (None, processes.CheckpointError("no"), 2),
+    ],
+)
+def test_exit_codes(result, error, code, capsys):
+    def command(*args, **options):
+        assert (args, options) == ((1,), {"b": 2})
+        if error:
+            raise error
+        return result
+
+    assert one_line_errors(command)(1, b=2) == code
+    assert capsys.readouterr().err == (f"error: {error}\n" if error else "")
+    with pytest.raises(KeyError):
+        one_line_errors(dict.__getitem__)({}, "what nobody has thought of")
+
+
+@pytest.mark.parametrize(
+    "config, words, expected",
+    [
+        ("a.yaml", ["--num-gpus", "0", "SEED", "3"], (1, ["SEED", "3", "MODEL.DEVICE", "cpu"])),
+        ("a.py", ["--num-gpus", "0", "train.seed=3"], (1, ["train.seed=3", "train.device=cpu"])),
+        ("a.yaml", ["--num-gpus", "2", "SEED", "3"], (2, ["SEED", "3"])),
+        ("a.py", [], (1, [])),
+    ],
+)
+def test_what_a_job_is_checked_and_run_with(
+    no_torchrun, config, words, expected, monkeypatch, capsys
+):
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["train", "--config-file", config, "--resume", *words])
+    monkeypatch.setattr(processes, "launch", lambda main, args: seen.append((main, args)))
+    assert run_command(lambda args, **how: seen.append((args, how)), print) == 0
+    (checked, how), (main, args) = seen
+    assert checked is args and main is print and (args.num_gpus, args.opts) == expected
+    assert how == {"world_size": expected[0], "eval_only": False, "resume": True}
+
+
+@pytest.mark.parametrize("device, said", [("cpu", ["Running on the CPU"]), ("cuda", [])])
+def test_the_log_is_the_packages_too(device, said, monkeypatch, caplog):
+    done = []
+    monkeypatch.setattr(processes, "default_setup", lambda *a: done.append(a))
+    monkeypatch.setattr(processes, "setup_logger", lambda *a, **k: done.append((a, k)))
+    monkeypatch.setattr(comm, "get_rank", lambda: 5)
+    with caplog.at_level(logging.INFO, logger="wsbcn_d2"):
+        processes.set_up_process("cfg", "args", "folder", device)
+    assert done == [("cfg", "args"), (("folder",), {"distributed_rank": 5, "name": "wsbcn_d2"})]
+    assert [record.getMessage() for record in caplog.records] == said

@@ -8,16 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
-from detectron2.engine import default_argument_parser, hooks
+from detectron2.engine import DefaultTrainer, default_argument_parser, hooks
 from detectron2.utils.logger import setup_logger
 from torch.testing import assert_close
 
 from wsbcn_d2 import EstimatedBatchNorm2d
+from wsbcn_d2.checkpoint import CheckpointError
 from wsbcn_d2.engine import EstimateSync, Trainer, UpdateRateSchedule, load_config, trainer
 from wsbcn_d2.engine.trainer import train_net as one_process
 
@@ -248,3 +250,79 @@ def test_a_checkpoint_without_the_optimizers_state_is_told(caplog):
     (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("wsbcn_d2")]
     assert "no optimizer state" in message and "momentum starts at zero" in message
     assert trainer.iter == 5
+
+
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])
+def test_the_checkpoints_error_is_not_hidden_by_that_of_a_log(kind, monkeypatch):
+    """Both fail on a full disk; the first says what to do."""
+    disk, told = OSError(28, "No space left on device"), CheckpointError("make space")
+
+    def train(self):
+        try:
+            raise told from disk
+        except CheckpointError as error:
+            later = kind("a log cannot be closed")
+            later.__context__ = error
+            raise later  # noqa: B904
+
+    monkeypatch.setattr(DefaultTrainer, "train", train)
+    with pytest.raises(CheckpointError if kind is OSError else kind) as caught:
+        Trainer.train(Trainer.__new__(Trainer))
+    if kind is OSError:
+        assert caught.value is told and told.__cause__ is disk
+    monkeypatch.setattr(DefaultTrainer, "train", lambda self: "results")
+    assert Trainer.train(Trainer.__new__(Trainer)) == "results"
+
+
+def test_loaders_read_as_the_config_says(tiny_cfg, monkeypatch):
+    asked = []
+
+    def build_mapper(cfg, names, *, is_train):
+        asked.append((list(names), is_train))
+        return "mapper"
+
+    monkeypatch.setattr(trainer, "build_mapper", build_mapper)
+    for name in ("build_detection_train_loader", "build_detection_test_loader"):
+        monkeypatch.setattr(trainer, name, lambda *args, mapper, n=name: (n, args[1:], mapper))
+    cfg = tiny_cfg("DATASETS.TRAIN", ("one", "two"))
+    monkeypatch.setattr(trainer, "classification_test_loader", lambda cfg, name: None)
+    assert Trainer.build_train_loader(cfg) == ("build_detection_train_loader", (), "mapper")
+    found = Trainer.build_test_loader(cfg, "three")
+    assert found == ("build_detection_test_loader", ("three",), "mapper")
+    assert asked == [(["one", "two"], True), (["three"], False)]
+    monkeypatch.setattr(trainer, "classification_test_loader", lambda cfg, name: [name])
+    assert Trainer.build_test_loader(cfg, "four") == ["four"]
+
+
+def test_augmented_evaluation_comes_once_after_training(tiny_cfg, monkeypatch):
+    done = []
+
+    class Fake:
+        model = "model"
+
+        def __init__(self, cfg):
+            done.append("built")
+
+        def resume_or_load(self, *, resume):
+            done.append(("resume", resume))
+
+        def register_hooks(self, added):
+            (self.hook,) = added
+            done.append((type(self.hook), self.hook._period))
+
+        def test_with_TTA(self, cfg, model):
+            return {"tested": model}
+
+        def train(self):
+            return self.hook._func()
+
+    monkeypatch.setattr(trainer, "Trainer", Fake)
+    monkeypatch.setattr(trainer, "set_up_process", lambda *args: done.append(args[2:]))
+    cfg = tiny_cfg("TEST.AUG.ENABLED", True, "OUTPUT_DIR", "out")
+    monkeypatch.setattr(trainer, "load_config", lambda *args: done.append(args) or cfg)
+    args = Namespace(config_file="a.yaml", opts=["A", "b"], eval_only=False, resume=True)
+    assert one_process(args) == {"tested": "model"}
+    assert done == [
+        *(("a.yaml", ["A", "b"]), ("out", "cpu"), "built", ("resume", True)),
+        (hooks.EvalHook, 0),
+    ]

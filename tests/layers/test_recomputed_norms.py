@@ -495,3 +495,40 @@ def test_the_engine_is_asked_by_names_that_torch_has():
     assert seen[0] is not None and recomputation.packing() is None
     assert "_recomputation_hook" in vars(checkpointing)
     assert torch.autograd._get_sequence_nr() >= 0
+
+
+def test_more_runs_than_are_kept_warn_once_a_step():
+    bn = EstimatedBatchNorm2d(4)
+    with torch.no_grad():
+        for _ in range(recomputation.KEPT + 1):
+            recomputation.remember(bn, torch.randn(1, 4, 2, 2))
+    x = torch.randn(1, 4, 2, 2)
+    with pytest.warns(UserWarning, match="more than 64 runs") as caught:
+        for _ in range(3):
+            recomputation._recall(bn, x)
+    assert len(caught) == 1
+    other = EstimatedBatchNorm2d(4)
+    with torch.no_grad():
+        for _ in range(recomputation.KEPT):  # as many as are kept lose none
+            recomputation.remember(other, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recomputation._recall(other, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_batch_of_half_precision_is_told_by_its_moments_in_float32(dtype):
+    """300 squared is beyond float16, and so is a difference in the fourth digit."""
+    x = (300 + 300 * torch.randn(2, 4, 5, 5)).to(dtype)
+    key = recomputation._key(x)
+    assert key.dtype == torch.float32 and torch.equal(key, recomputation._key(x.float()))
+    mean, std = x.float().mean((0, 2, 3)), x.float().std((0, 2, 3), correction=0)
+    assert_close(key, torch.cat([mean, std]))
+
+
+def test_moments_that_are_not_finite_can_be_compared():
+    x = torch.zeros(1, 3, 1, 2)
+    x[0, 0, 0, 0], x[0, 1, 0, 0], x[0, 2, 0, 0] = torch.nan, torch.inf, -torch.inf
+    key = recomputation._key(x)
+    assert key.isfinite().all() and torch.equal(key, recomputation._key(x))
+    assert (key[:3].abs() >= 1e30).all()  # farther than any batch's

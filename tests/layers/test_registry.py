@@ -1,5 +1,6 @@
 """Norms by name, in Detectron2's own ``get_norm`` wherever it is held."""
 
+import contextlib
 import importlib
 import os
 import subprocess
@@ -189,3 +190,39 @@ def HalfGN(channels):
 def test_channels_that_the_groups_do_not_divide(name):
     with pytest.raises(ValueError, match="48 channels into 32 groups"):
         detectron2.layers.get_norm(name, 48)
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        *((name, nn.GroupNorm) for name in ("GN", "BCN", "BatchBCN", "SyncBCN")),
+        *(("EstBN", EstimatedBatchNorm2d), ("BN", nn.BatchNorm2d)),
+    ],
+)
+def test_a_norm_of_one_channel_by_which_detectron2_looks_at_a_kind(name, kind):
+    norm = detectron2.layers.get_norm(name, 1)
+    assert type(norm) is kind
+    assert kind is not nn.GroupNorm or (norm.num_groups, norm.num_channels) == (1, 1)
+
+
+def test_the_groups_are_given_back_after_an_error():
+    get_norm = detectron2.layers.get_norm
+    with pytest.raises(RuntimeError), bcn_groups(8):
+        raise RuntimeError
+    assert get_norm("BCN", 64).num_groups == 32
+
+
+def test_every_name_that_there_is_is_offered():
+    stock = detectron2.layers.get_norm.__wrapped__
+    names = ["BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N"]
+    there = []
+    for name in names:
+        with contextlib.suppress(KeyError):
+            stock(name, 32)
+            there.append(name)
+    assert len(there) >= 7
+    with pytest.raises(ValueError) as error:
+        detectron2.layers.get_norm("BNC", 32)
+    own = [name for name, _ in NORM_REGISTRY]
+    offered = ", ".join([*there, *own])
+    assert str(error.value) == f"unknown norm 'BNC': use one of {offered}, or '' for none"

@@ -120,3 +120,27 @@ def test_evaluation_and_frozen_weights_take_the_plain_form(frozen):
     if frozen:
         y.sum().backward()
         assert conv.weight.grad is None and x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "create_graph"])
+@kinds
+def test_whatever_is_frozen_the_others_have_their_gradients(kind, twice):
+    """A frozen bias, a frozen length, an input that needs none: as in the plain form."""
+    conv = kind(4, 6, 3).double()
+    x = torch.randn(2, 4, 7, 7, dtype=torch.double, requires_grad=True)
+    leaves = {"x": x, **dict(conv.named_parameters())}
+    for frozen in leaves.keys() - {"weight"}:
+        leaves[frozen].requires_grad_(False)
+        assert recomputes(conv, x)
+        wanted = [leaf for name, leaf in leaves.items() if name != frozen]
+        found = []
+        for run in (conv, lambda x: plain(conv, x)):
+            loss = run(x).square().sum()
+            grads = torch.autograd.grad(loss, wanted, create_graph=twice)
+            if twice:
+                grads += torch.autograd.grad(
+                    sum(g.square().sum() for g in grads), wanted, allow_unused=True
+                )
+            found.append(grads)
+        torch.testing.assert_close(*found)
+        leaves[frozen].requires_grad_(True)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import benchmark
 from benchmarks import layers, runner, steps
 
-from wsbcn_d2 import BatchChannelNorm2d, standardize_weight
+from wsbcn_d2 import BatchChannelNorm2d, WSConv2d, standardize_weight
 from wsbcn_d2.engine import load_config
 
 
@@ -246,3 +246,106 @@ def test_steps_and_the_monitor(tmp_path, capsys):
     assert benchmark.main(["monitor", str(paths[1]), *quick]) == 0
     (row,) = json.loads(output.read_text())["rows"]
     assert row["share"] == pytest.approx((row["time"]["ratio"] - 1) * 8 / 100)
+
+
+def measured(**seconds):
+    return {name: runner.measurement(name, [s, s]) for name, s in seconds.items()}
+
+
+@pytest.mark.parametrize("kept", [40, 0])
+def test_a_row_is_compared_with_the_first(kept, capsys):
+    """Times, peaks and what is kept, each in units of the base's; 0 kept is no unit."""
+    sizes = {"a": (100, kept, 7), "b": (150, 60, 9)}
+
+    class Fake:
+        def memory(self, run):
+            return dict(zip(("peak", "kept", "process"), sizes[run], strict=True))
+
+    rows = steps._report(Fake(), "train", 2, {"a": "a", "b": "b"}, measured(a=0.5, b=0.75))
+    assert rows[1] == {
+        **{"what": "train", "images": 2, "name": "b", "ms": 750.0, "peak": 1.5},
+        **{"time": {"ratio": 1.5, "spread": 0.0}, "kept": 60 / kept if kept else 0.0},
+        **{"peak bytes": 150, "kept bytes": 60, "process bytes": 9},
+    }
+    assert (rows[0]["peak"], rows[0]["kept"]) == (1.0, 1.0 if kept else 0.0)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("train  2 image(s)  time 1.000+-0.000  peak 1.000  kept ")
+    assert first.endswith("(500 ms, peak 0 MiB, kept 0 MiB, process 0 MiB)  a")
+
+
+def test_a_watched_window_is_one_of_eight_steps():
+    seen = []
+
+    class Hook:
+        trainer = argparse.Namespace(iter=None)
+
+        def before_step(self):
+            seen.append(("before", self.trainer.iter))
+
+        def after_step(self):
+            seen.append(("after", self.trainer.iter))
+
+    steps._window(lambda: seen.append("step"), Hook())()
+    assert seen == [x for i in range(8) for x in (("before", i), "step", ("after", i))]
+    assert (steps.PERIOD, steps.WINDOW) == (100, 8)  # tools/compare.py's, the monitor's own
+
+
+def test_every_model_does_the_same_work_on_noise(monkeypatch):
+    asked = []
+    monkeypatch.setattr(steps, "load_config", lambda *a: asked.append(a) or "cfg")
+    monkeypatch.setattr(steps, "build_model", lambda cfg: "model")
+    assert steps.load("a.yaml", "cuda") == ("cfg", "model")
+    assert asked == [
+        (
+            "a.yaml",
+            [
+                *("MODEL.DEVICE", "cuda", "MODEL.WEIGHTS", "", "INPUT.MASK_FORMAT", "bitmask"),
+                *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),
+            ],
+        )
+    ]
+
+
+@pytest.mark.parametrize("quick, count", [(False, 5), (True, 3)])
+@pytest.mark.parametrize("last", [False, True])
+def test_which_weights_are_standardized_by_what(quick, count, last, monkeypatch, capsys):
+    """Each way computes what it is called, on all weights; the ratios are to the default's."""
+    model = nn.Sequential(nn.Conv2d(2, 2, 3), *[WSConv2d(2, 4, 3, bias=False) for _ in range(5)])
+    asked, seen = [], []
+    monkeypatch.setattr(layers, "load_config", lambda *a: asked.append(a) or "cfg")
+    monkeypatch.setattr(layers, "build_model", lambda cfg: model)
+
+    def rounds(runs):
+        stock = torch.Tensor.backward
+        for name, run in runs.items():
+            seen.append((name, []))
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    torch.Tensor, "backward", lambda y, dy: (seen[-1][1].append(y), stock(y, dy))
+                )
+                run()
+        seconds = dict(zip(runs, (0.2, 0.1, 0.3, 0.8, 0.05), strict=True))
+        return {name: runner.measurement(name, [s, s]) for name, s in seconds.items()}
+
+    args = argparse.Namespace(configs=["own.yaml"], device="cpu", quick=quick, channels_last=last)
+    found = layers.ws_mode(argparse.Namespace(rounds=rounds), args)
+    assert asked == [("own.yaml", ["MODEL.DEVICE", "cpu"])]
+    names = ["unbiased", "biased", "unbiased_std", "five-op formula", "copy"]
+    assert [name for name, _ in seen] == [row["name"] for row in found["rows"]] == names
+    for name, outputs in seen:
+        assert len(outputs) == count
+        for conv, y in zip(model[1:], outputs, strict=False):
+            formula = "unbiased_std" if name.startswith("five") else name
+            weight = conv.weight.detach()
+            expected = weight if name == "copy" else standardize_weight(weight, formula=formula)
+            assert_close(y.detach(), expected)
+            assert y.is_contiguous(memory_format=torch.channels_last) == last or name[:4] == "five"
+    ratios = [row["time / ours"]["ratio"] for row in found["rows"]]
+    assert ratios == pytest.approx([1, 0.5, 1.5, 4, 0.25])
+    assert [row["ms"] for row in found["rows"]] == pytest.approx([200, 100, 300, 800, 50])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{count} weights, 0.0 M numbers; ratios: time / ours, fwd+bwd"
+    args.configs = []
+    layers.ws_mode(argparse.Namespace(rounds=rounds), args)
+    config = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_2x_gn_ws_1img.yaml"
+    assert asked[1][0] == str(ROOT / "configs" / config)

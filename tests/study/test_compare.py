@@ -220,3 +220,10 @@ def test_a_small_study_from_end_to_end(tmp_path):
     assert "2 runs, 2 of them finished already" in study()
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert json.loads(next(tmp_path.glob("out/records/*.json")).read_text())["git"]
+
+
+def test_other_defaults_of_a_study(compare):
+    args = compare.parse(["--output", "out"])
+    assert (args.records, args.strip, args.title) == ([], "", "Comparison over seeds")
+    assert args.train_script == str(ROOT / "tools" / "train_net.py") and args.opts == []
+    assert args.dataset_train is args.dataset_test is args.configs is None

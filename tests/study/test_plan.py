@@ -1,6 +1,7 @@
 """What a plan's runs are, and which records stand for them."""
 
 import functools
+import hashlib
 import itertools
 import json
 import shlex
@@ -308,3 +309,46 @@ def test_records_are_found_and_other_files_are_not(tmp_path):
     found = find_records(tmp_path / "two", tmp_path / "one")  # the first named, first used
     assert [record["seed"] for record in found] == [2, 1]
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_the_name_of_a_run():
+    settings = {"SEED": 7, "SOLVER.IMS_PER_BATCH": 2}
+    digest = hashlib.sha256(b'{"SEED": 7, "SOLVER.IMS_PER_BATCH": 2}').hexdigest()[:10]
+    run = plan.Run("gn/ws A=0.1_b-c ü:d", "x.yaml", (), settings)
+    assert run.name == f"gn-ws-A=0.1_b-c-ü-d_2img_seed7_{digest}"
+    plain = plan.Run("gn", "x.yaml", (), {"SEED": 1})  # Detectron2's own
+    assert (plain.images_per_step, plain.max_iter, plain.seed) == (16, 40000, 1)
+    assert default_of("NO.SUCH") is None
+
+
+def test_a_plan_that_asks_for_nothing_is_the_configs_own():
+    (run,) = make_plan({"gn": CONFIGS["gn"]})
+    cfg, own = load_config(run.config_file, run.overrides), load_config(CONFIGS["gn"])
+    assert run.seed == 1 and cfg.SOLVER.IMS_PER_BATCH == own.SOLVER.IMS_PER_BATCH
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (own.SOLVER.MAX_ITER, own.SOLVER.STEPS)
+    assert (own.SOLVER.BASE_LR, run.max_iter) == (cfg.SOLVER.BASE_LR, own.SOLVER.MAX_ITER)
+    assert -(-own.SOLVER.MAX_ITER // 5) == cfg.TEST.EVAL_PERIOD
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"images_per_step": [0]}, "--images-per-step must be at least 1, --seeds at least 0"),
+        ({"seeds": [1, -1]}, "--images-per-step must be at least 1, --seeds at least 0"),
+        ({"max_iter": 0}, "--max-iter and --evaluations must be at least 1"),
+        ({"evaluations": 0}, "--max-iter and --evaluations must be at least 1"),
+    ],
+)
+def test_the_least_numbers_of_a_plan(options, message):
+    configs = {"gn": CONFIGS["gn"]}
+    with pytest.raises(UsageError, match=f"^{message}$"):
+        make_plan(configs, **options)
+    least = {"images_per_step": [1], "seeds": [0], "max_iter": 1, "evaluations": 1}
+    assert make_plan(configs, opts=["SOLVER.STEPS", "()"], **least)[0].seed == 0
+
+
+def test_labels_keep_whole_words():
+    """What all stems begin with goes, but no part of a word."""
+    assert list(label_configs(["a_bcn.yaml", "a_bn.yaml"])) == ["bcn", "bn"]
+    assert list(label_configs(["x/a_gn.yaml", "y/a_.yaml"])) == ["gn", "a_"]
+    assert list(label_configs(["gn.yaml", "gnx.yaml"])) == ["gn", "gnx"]

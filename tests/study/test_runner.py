@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -11,18 +12,21 @@ import threading
 import time
 from pathlib import Path
 
+import detectron2
 import pytest
+import torch
 
 from wsbcn_d2.study import (
     Run,
     find_records,
     make_record,
     matching,
+    records,
     run_all,
     runner,
     summarize,
 )
-from wsbcn_d2.study.runner import repeat_command
+from wsbcn_d2.study.runner import child_command, repeat_command
 from wsbcn_d2.study.summary import table
 
 # Writes what Detectron2 writes, ten iterations at a time; says on which iteration it began.
@@ -418,3 +422,89 @@ def test_runs_are_stopped_together(tmp_path, monkeypatch, way, patience, least, 
     with pytest.raises(KeyboardInterrupt):
         run_all(runs, tmp_path, commands, jobs=4, poll_seconds=0.05)
     assert least <= time.monotonic() - stopped[0] < most
+
+
+def test_the_command_of_a_runs_process(tmp_path):
+    run = Run("a", "a b.yaml", ("SEED", "1", "A.B", "c d"), {"SEED": 1})
+    begin = [sys.executable, "-m", "wsbcn_d2.study.child", "--script", "t.py"]
+    begin += ["--parent", str(os.getpid()), "--config-file", "a b.yaml", "--folder", str(tmp_path)]
+    end = ["--", "SEED", "1", "A.B", "c d"]
+    plain = child_command(run, tmp_path, script="t.py")
+    assert plain == [*begin, "--pictures", "0", *end]
+    more = child_command(run, tmp_path, script="t.py", modules=["m", "n"], pictures=3)
+    assert more == [*begin, "--pictures", "3", "--import", "m", "--import", "n", *end]
+
+
+def test_more_jobs_than_cores_have_a_thread_each(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    code = "import os; print(os.environ['OMP_NUM_THREADS'])"
+    command = [sys.executable, "-c", code]
+    run_all([make_run("a")], tmp_path, lambda *_: command, jobs=3, poll_seconds=0.05)
+    (log,) = tmp_path.rglob("output.txt")
+    assert log.read_text() == "1\n"
+
+
+def test_what_is_said_of_runs_that_have_ended(tmp_path, command_of, capsys):
+    runs = [make_run("bad"), make_run("good")]
+    (failure,) = run_all(runs, tmp_path, command_of, poll_seconds=0.05)
+    said = capsys.readouterr().out.splitlines()
+    reason = "exit code 1: FloatingPointError: Loss became infinite or NaN"
+    assert (failure.reason, failure.log) == (
+        reason,
+        str(tmp_path / "runs" / runs[0].name / "output.txt"),
+    )
+    assert said == [
+        f"failed: {runs[0].name}: {reason} (see {failure.log})",
+        f"done: {runs[1].name}: bbox AP 39.0, segm AP 0.0",
+    ]
+
+
+@pytest.mark.parametrize(
+    "code, reason",
+    [
+        ("import sys; sys.exit(5)", "exit code 5: no output"),
+        ("print('x' * 400); raise SystemExit(1)", "exit code 1: " + "x" * 300),
+    ],
+)
+def test_a_reason_is_one_line_and_not_a_long_one(tmp_path, code, reason):
+    command = [sys.executable, "-c", code]
+    (failure,) = run_all([make_run("a")], tmp_path, lambda *_: command, poll_seconds=0.05)
+    assert failure.reason == reason
+
+
+def test_what_a_record_says_besides_its_numbers(tmp_path, monkeypatch):
+    rows = [{"iteration": 39, "time": 0.123456789, "total_loss": 1.23456, "bbox/AP": 25.0}]
+    in_folder(tmp_path, rows, [])
+    monkeypatch.setattr(time, "gmtime", lambda: time.struct_time((2031, 2, 3, 23, 0, 0, 0, 34, 0)))
+    monkeypatch.setattr(records, "has_compiled_ops", lambda: False)
+    run = make_run("a")
+    record = make_record(run, tmp_path, "", 1)
+    assert (record["format"], record["variant"], record["config_file"]) == (1, "a", "a.yaml")
+    assert (record["digest"], record["settings"]) == (run.digest, run.settings)
+    assert record["learning_rate"] == 0.001  # Detectron2's own, which the run has not changed
+    assert record["ap_columns"] == ["iteration", "training seconds", "AP"]
+    assert record["loss"] == [[39, 1.235]]  # four digits of it
+    assert (record["step_seconds"], record["train_seconds"]) == (0.12346, 4.9)
+    assert record["finished"] == "2031-02-03"
+    assert record["versions"] == {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "detectron2": f"{detectron2.__version__} (pure Python)",
+        "platform": sys.platform,
+    }
+    assert record["hardware"] == platform.machine()  # no session has told more
+    run.settings["SOLVER.BASE_LR"] = 0.5
+    monkeypatch.setattr(records, "has_compiled_ops", lambda: True)
+    record = make_record(run, tmp_path, "", 1)
+    assert record["learning_rate"] == 0.5
+    assert record["versions"]["detectron2"].endswith(" (compiled)")
+
+
+def test_a_record_is_json_that_others_read(tmp_path):
+    path = tmp_path / "a" / "b.json"
+    records.write_record({"z": 1, "a": 2.5}, path)
+    assert path.read_text() == '{"a": 2.5, "z": 1}\n'
+    with pytest.raises(ValueError):
+        records.write_record({"a": float("nan")}, path)
+    assert path.read_text() == '{"a": 2.5, "z": 1}\n' and len(list(path.parent.iterdir())) == 1

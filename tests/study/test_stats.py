@@ -8,7 +8,15 @@ import pytest
 
 from wsbcn_d2.study import mean_interval, summarize
 from wsbcn_d2.study.stats import t_quantile
-from wsbcn_d2.study.summary import differences, markdown, runs_csv, summary_csv, table
+from wsbcn_d2.study.summary import (
+    differences,
+    markdown,
+    runs_csv,
+    summary_csv,
+    table,
+    task_label,
+    tasks_of,
+)
 
 from .helpers import make_record
 
@@ -142,3 +150,13 @@ def test_differences_are_those_of_the_variants():
     head, lines = differences(records)
     assert head == ["key", "gn", "none"]
     assert lines == [["MODEL.FPN.NORM", "GN", ""]]  # neither the seed nor the 2 images' rate
+
+
+def test_what_results_are_called():
+    names = ("bbox", "segm", "keypoints", "classification", "sem_seg")
+    assert [task_label(name) for name in names] == [
+        *("box AP", "mask AP", "keypoint AP", "top-1 accuracy", "sem_seg AP")
+    ]
+    assert tasks_of([{"segm": 1, "bbox": 2}, {"keypoints": 3, "bbox": 0}]) == [
+        *("bbox", "keypoints", "segm")
+    ]

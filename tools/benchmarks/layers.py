@@ -117,10 +117,10 @@ def _layer_runs(norms: dict[str, nn.Module], x: torch.Tensor) -> dict[str, Run]:
 
 
 def five_ops(weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
-    """WS as the authors released it."""
+    """WS as the authors released it, whose view() takes contiguous weights alone."""
     mean = weight.mean(dim=1, keepdim=True).mean(dim=2, keepdim=True).mean(dim=3, keepdim=True)
     weight = weight - mean
-    deviation = weight.view(weight.shape[0], -1).std(dim=1).view(-1, 1, 1, 1) + eps
+    deviation = weight.reshape(weight.shape[0], -1).std(dim=1).view(-1, 1, 1, 1) + eps
     return weight / deviation.expand_as(weight)
 
 

@@ -234,10 +234,13 @@ def detector_shapes(rest: Mapping[str, torch.Tensor], layout: BackboneLayout) ->
         mask.NUM_CONV = count("mask_head.mask_fcn")
         mask.CONV_DIM = size("roi_heads.mask_head.deconv.weight", 1)
         mask.CLS_AGNOSTIC_MASK = size("roi_heads.mask_head.predictor.weight") == 1
-    with torch.device("meta"):
-        backbone = build_backbone(cfg)
-        levels = backbone.output_shape()
-        shapes = _shapes(backbone, "backbone.")
-        shapes |= _shapes(build_proposal_generator(cfg, levels), "proposal_generator.")
-        shapes |= _shapes(build_roi_heads(cfg, levels), "roi_heads.")
+    try:
+        with torch.device("meta"):
+            backbone = build_backbone(cfg)
+            levels = backbone.output_shape()
+            shapes = _shapes(backbone, "backbone.")
+            shapes |= _shapes(build_proposal_generator(cfg, levels), "proposal_generator.")
+            shapes |= _shapes(build_roi_heads(cfg, levels), "roi_heads.")
+    except ValueError as error:  # channels that the groups of a norm do not divide
+        raise CheckpointError(f"no detector has such widths: {error}") from error
     return {n: shape for n, shape in shapes.items() if not n.startswith(BOTTOM_UP)}

@@ -14,6 +14,7 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 from omegaconf import OmegaConf
 from torch import nn
 
+from wsbcn_d2.data.checks import Wanted
 from wsbcn_d2.engine import ChannelMonitor, EstimateSync, UpdateRateSchedule, UsageError, lazy
 from wsbcn_d2.engine.hooks import ResumedSchedule
 from wsbcn_d2.engine.lazy import checking, training
@@ -228,3 +229,35 @@ def test_options_of_groups_of_parameters_are_not_compared(tmp_path):
     assert {k: v for k, v in schedule.items() if k.startswith("optimizer.")} == {
         **{"optimizer.lr": 0.5, "optimizer.weight_decay": 0.25},
     }
+
+
+@pytest.mark.parametrize("limits", [[], [0, 4095]])
+def test_what_a_config_with_a_range_says_of_its_data(limits):
+    inner = {"instance_mask_format": "polygon"}
+    mapper = {"limits": limits, "mapper": inner} if limits else inner
+    heads = {"num_classes": 3, "mask_head": {}, "keypoint_head": {"num_keypoints": 7}}
+    cfg = OmegaConf.create(
+        {
+            "model": {"roi_heads": heads, "num_classes": 9},
+            "dataloader": {"train": {"mapper": mapper}, "evaluator": {}},
+        }
+    )
+    assert checking._LazySetup(cfg).wanted(True) == Wanted(
+        **{"classes": 3, "masks": True, "mask_format": "polygon", "keypoints": 7},
+        **{"picture_range": limits, "classes_key": "model.roi_heads.num_classes"},
+        **{"masks_key": "model.roi_heads.mask_head"},
+        format_key="dataloader.train.mapper.instance_mask_format",
+    )
+    del cfg.model.roi_heads
+    found = checking._LazySetup(cfg).wanted(True)
+    assert (found.classes, found.masks, found.keypoints) == (9, False, 0)
+    assert found.classes_key == "model.num_classes"
+
+
+def test_the_milestones_that_would_fit_are_said(tmp_path):
+    with pytest.raises(UsageError) as caught:
+        checking._check_milestones(config(tmp_path, max_iter=44))
+    assert str(caught.value) == (
+        "train.max_iter 44 ends before lr_multiplier.scheduler.milestones [60, 80]: change both, "
+        "for example lr_multiplier.scheduler.milestones=[30,40]"
+    )

@@ -2,7 +2,10 @@
 
 import logging
 import multiprocessing
+import os
 import subprocess
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +13,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from wsbcn_d2 import BatchChannelNorm2d, standardize_weight
-from wsbcn_d2.layers.kernels import build, cpu
-from wsbcn_d2.layers.kernels.dispatch import backend_name, bcn_backend, ws_backend
+from wsbcn_d2.layers.kernels import build, cpu, dispatch
+from wsbcn_d2.layers.kernels.dispatch import (
+    backend_name,
+    bcn_backend,
+    requested_backend,
+    ws_backend,
+)
 
 
 @pytest.fixture
@@ -288,3 +296,123 @@ def test_one_bad_channel_leaves_the_estimates_of_all_in_use(monkeypatch):
     good = [0, 1, 4, 5, 6, 7]
     assert outputs["cpp"][:, good].isfinite().all()
     assert_close(outputs["cpp"][:, good], outputs["off"][:, good])
+
+
+def test_an_empty_variable_is_an_unset_one(monkeypatch):
+    monkeypatch.setenv("WSBCN_FUSED", "")
+    assert requested_backend() == "auto" and serving(torch.float32) == (cpu, cpu)
+    monkeypatch.setenv("WSBCN_FUSED", "cuda")
+    with pytest.raises(ValueError, match="'cuda': use one of auto, cpp, triton, off$"):
+        requested_backend()
+
+
+@pytest.mark.parametrize("triton", [True, False])
+@pytest.mark.parametrize(
+    "wanted, device, expected",
+    [
+        *(("auto", "cuda", "triton"), ("auto", "mps", "off"), ("auto", "cpu", "cpp")),
+        *(("triton", "cpu", "triton"), ("cpp", "cuda", "off"), ("off", "cuda", "off")),
+    ],
+)
+def test_what_serves_on_which_device(wanted, device, expected, triton, monkeypatch):
+    """Told by a tensor's device alone, and by whether Triton is installed."""
+    monkeypatch.setenv("WSBCN_FUSED", wanted)
+    asked = []
+    monkeypatch.setattr(
+        dispatch.importlib.util, "find_spec", lambda name: asked.append(name) or (triton or None)
+    )
+    tensor = SimpleNamespace(
+        device=torch.device(device), is_cpu=device == "cpu", dtype=torch.float32
+    )
+    assert backend_name(tensor) == ("off" if expected == "triton" and not triton else expected)
+    assert asked == ["triton"] * (expected == "triton")
+
+
+def test_the_cache_is_its_owners_alone(fresh, monkeypatch):
+    before = os.umask(0)
+    try:
+        build._cache_folder()
+    finally:
+        os.umask(before)
+    assert fresh.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(os, "getuid", lambda: fresh.stat().st_uid + 1)
+    with pytest.raises(OSError, match="can be written by others"):
+        build._cache_folder()
+
+
+def test_a_processor_is_what_it_can_do(monkeypatch):
+    """Not its number or speed: neither decides on what -march=native makes."""
+    texts = {
+        "processor\t: 0\ncpu MHz : 1\nflags\t\t: fpu avx2\nflags : other\n": "flags\t\t: fpu avx2",
+        "processor : 0\nFeatures : asimd sve\n": "Features : asimd sve",
+        "processor : 0\n": "",
+    }
+    for text, expected in texts.items():
+        monkeypatch.setattr(build.Path, "read_text", lambda self, *_, text=text: text)
+        assert build._processor() == expected
+
+    def absent(self):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(build.Path, "read_text", absent)
+    monkeypatch.setattr(build.platform, "processor", lambda: "what Python knows")
+    assert build._processor() == "what Python knows"
+
+
+@pytest.mark.parametrize(
+    "load, seconds", [(lambda: build.load("double"), 120), (lambda: build.load_module("x"), 600)]
+)
+def test_a_build_has_its_time_and_its_error_is_the_line_that_says_so(load, seconds, monkeypatch):
+    def run(command, **options):
+        if "--version" in command:
+            return SimpleNamespace(stdout="1")
+        assert options["timeout"] == seconds
+        error = "In file included:\n  x.h:3: fatal error: no such type \nnote: see there\nerror 2"
+        raise subprocess.CalledProcessError(1, command, stderr=error)
+
+    monkeypatch.setattr(build, "_cache_folder", lambda: build.Path("/nowhere"))
+    monkeypatch.setattr(build.Path, "read_text", lambda *_: "")
+    monkeypatch.setattr(build.tempfile, "TemporaryDirectory", lambda dir: nullcontext(dir))
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(OSError) as caught:
+        load()
+    assert str(caught.value) == "x.h:3: fatal error: no such type"
+
+
+def test_the_compiler_may_have_words_of_its_own(fresh, monkeypatch):
+    ran = []
+
+    def run(command, **options):
+        ran.append(command)
+        if "--version" not in command:
+            build.Path(command[command.index("-o") + 1]).touch()
+        return SimpleNamespace(stdout="1")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("CXX", "ccache g++-9")
+    source = build._HERE / "cpu.cpp"
+    build._build(source, ("-O1",), ("-lx",))
+    assert ran[0] == ["ccache", "--version"]
+    assert ran[1][:5] == ["ccache", "g++-9", "-fPIC", "-shared", "-O1"]
+    assert ran[1][5] == str(source) and ran[1][6] == "-o" and ran[1][8:] == ["-lx"]
+    for there, expected in (({"c++", "g++"}, "c++"), ({"g++"}, "g++")):
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setattr(
+            build.shutil, "which", lambda name, t=there: name if name in t else None
+        )
+        build._build(source, ("-O1",))
+        assert ran[-2] == [expected, "--version"]
+
+
+def test_every_estimate_that_moves_is_seen_by_autograd(monkeypatch):
+    monkeypatch.setenv("WSBCN_FUSED", "cpp")
+    norm, x = BatchChannelNorm2d(4, 2), torch.randn(1, 4, 3, 3)
+
+    def versions():
+        return [buffer._version for buffer in norm.buffers()]
+
+    before = versions()
+    norm(x)
+    assert versions() == [version + 1 for version in before] and len(before) == 3
+    norm.eval()(x)
+    assert versions() == [version + 1 for version in before]

@@ -1,5 +1,6 @@
 """The fused BCN equals its definition, in every setting in which it runs."""
 
+import contextlib
 import copy
 
 import pytest
@@ -214,3 +215,37 @@ def test_scripts_and_traces(module):
     with torch.no_grad():
         assert_close(torch.jit.script(model)(x), model(x))
         assert_close(torch.jit.trace(model, x)(x), model(x))
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias", "bn.weight", "bn.bias", "x"])
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "create_graph"])
+def test_whatever_is_frozen_the_others_have_their_gradients(frozen, twice, monkeypatch):
+    norm, found = make(6, 3).double().eval(), []
+    x = torch.randn(2, 6, 4, 5, dtype=torch.double)
+    leaves = {"x": x.requires_grad_(), **dict(norm.named_parameters())}
+    leaves.pop(frozen).requires_grad_(False)
+    for name in ("cpp", "off"):
+        monkeypatch.setenv("WSBCN_FUSED", name)
+        y = norm(x).pow(3).sum()
+        found.append(torch.autograd.grad(y, list(leaves.values()), create_graph=twice))
+    assert len(found[0]) == 4
+    assert_close(*found)
+
+
+def test_an_input_of_another_width_is_no_kernels():
+    """float64 numbers into a float32 layer: they are computed with as they are."""
+    norm = make(6, 3).eval()
+    x = torch.randn(2, 6, 3, 3, dtype=torch.double, requires_grad=True)
+    with contextlib.suppress(RuntimeError):  # of a PyTorch whose group norm wants one type
+        assert not used(norm(x))
+
+
+def test_forward_mode_gets_the_readable_form():
+    norm, x = make(6, 3).double().eval(), torch.randn(2, 6, 3, 3, dtype=torch.double)
+    v = torch.randn_like(x)
+    with torch.autograd.forward_ad.dual_level():
+        tangent = torch.autograd.forward_ad.unpack_dual(
+            norm(torch.autograd.forward_ad.make_dual(x, v))
+        ).tangent
+    (gradient,) = torch.autograd.grad(norm(x.requires_grad_()), x, v)
+    assert_close((tangent * v).sum(), (gradient * v).sum())

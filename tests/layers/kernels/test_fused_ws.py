@@ -133,3 +133,31 @@ def test_activation_checkpointing_and_several_uses(conv, reentrant):
     out.square().sum().backward()
     (twin(x) + twin(x * 2)).square().sum().backward()
     assert_close(conv.weight.grad, twin.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spacings, constant", [(8, True), (16, False)])
+def test_a_filter_is_constant_up_to_four_roundings_of_its_mean(spacings, constant, monkeypatch):
+    """Two numbers near 100; then the deviation has no derivative, else it has its own."""
+    monkeypatch.setenv("WSBCN_FUSED", "cpp")
+    rounding, eps = 2.0**-17, 1e-5  # between neighbours of 100 in float32
+    weight = torch.tensor([100.0, 100.0 + spacings * rounding]).view(1, 2, 1, 1).requires_grad_()
+    out = standardize_weight(weight, formula="unbiased_std", eps=eps)
+    (found,) = torch.autograd.grad(out, weight, torch.tensor([1.0, 0.0]).view(1, 2, 1, 1))
+    inverse = 1 / (spacings * rounding / 2**0.5 + eps)
+    expected = 0.5 * inverse * (1 if constant else eps * inverse)
+    assert found.flatten().tolist() == pytest.approx([expected, -expected], rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_weight_of_half_precision_rounds_once_each_way(dtype, layout, monkeypatch):
+    monkeypatch.setenv("WSBCN_FUSED", "cpp")
+    weight = torch.randn(4, 3, 3, 3).to(dtype).contiguous(memory_format=layout).requires_grad_()
+    wide = weight.detach().float().requires_grad_()
+    out, expected = standardize_weight(weight), standardize_weight(wide)
+    assert "FusedWS" in _history(out) and out.is_contiguous(memory_format=layout)
+    assert torch.equal(out, expected.to(dtype))
+    dy = torch.randn(4, 3, 3, 3).to(dtype)
+    (found,) = torch.autograd.grad(out, weight, dy)
+    (wanted,) = torch.autograd.grad(expected, wide, dy.float())
+    assert torch.equal(found, wanted.to(dtype))

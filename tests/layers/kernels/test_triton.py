@@ -404,3 +404,76 @@ def test_only_kernels_of_the_expected_kind_are_launched_without_python():
     assert plain(made(usual, launch_cooperative_grid=True)) is None
     assert plain(made(usual, num_ctas=2)) is None
     assert plain(None) is None
+
+
+@pytest.mark.parametrize("own, entered", [(3, []), (1, [3])])
+def test_a_function_runs_with_its_tensors_gpu_as_the_current_one(own, entered, monkeypatch):
+    seen = []
+
+    class Device:
+        def __init__(self, index):
+            seen.append(index)
+
+        def __enter__(self):
+            seen.append("within")
+
+        def __exit__(self, *_):
+            seen.append("left")
+
+    def named(x, *args):
+        """What it does."""
+        seen.append(args)
+        return "result"
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(launch, "_current_device", lambda: own)
+    run = launch.on_its_device(named)
+    assert (run.__name__, run.__doc__) == ("named", "What it does.")
+    assert run(SimpleNamespace(is_cuda=True, get_device=lambda: 3), 1, 2) == "result"
+    assert seen == ([3, "within", (1, 2), "left"] if entered else [(1, 2)])
+    seen.clear()
+    assert run(torch.ones(1)) == "result" and seen == [()]
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_numbers_lie_in_memory_as_they_are(last):
+    layout = torch.channels_last if last else torch.contiguous_format
+    x = torch.randn(2, 3, 4, 5)
+    same = x.contiguous(memory_format=layout)
+    assert launch.dense(same, last) is same  # nothing is copied without need
+    zeros = torch._efficientzerotensor(2, 3, 4, 5)
+    for given, wanted in (
+        (x, x),
+        (x.to(memory_format=torch.channels_last), x),
+        (x[:, :, ::2], x[:, :, ::2]),
+        (torch._neg_view(x), -x),
+        (zeros, torch.zeros(2, 3, 4, 5)),
+    ):
+        found = launch.dense(given, last)
+        assert torch.equal(found, wanted) and found.is_contiguous(memory_format=layout)
+        assert not found.is_neg() and not found._is_zerotensor() and found.dtype == x.dtype
+
+
+def test_a_plan_is_there_when_all_of_its_launches_are_compiled():
+    kernel = Kernel(3)
+    about = {"global_scratch_size": 0, "profile_scratch_size": 0, "num_ctas": 1, "shared": 96}
+    about |= {"launch_cooperative_grid": False, "launch_pdl": False}
+    kernel.made.metadata = SimpleNamespace(**about)
+    kernel.made.src.signature = {"x": "*fp32", "n": "i32", "EPS": "constexpr"}
+    one = launch.Launch(kernel, 7, ("plan",), (3,), 4, EPS=0.5)
+    two = launch.Launch(kernel, 9, ("plan, other",), (4,), 8, EPS=0.5)
+    assert one.plain() is None and launch.plan(1, 2, one, two) is None
+    one(11, "x")
+    assert one.plain() == ("function", 7, 128, 96, (3,))  # threads: 32 for each of 4 warps
+    assert launch.plan(1, 2, one, two) is None
+    two(11, "x")
+    assert launch.plan(5, 6, one, two) == (5, 6, (one.plain(), ("function", 9, 256, 96, (4,))))
+    assert launch.plan(5, 6) == (5, 6, ())
+
+
+def test_whatever_keeps_triton_from_launching_is_a_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(launch, "_nothing", None)  # would be no kernel
+    assert launch.trouble() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert launch.trouble() == "TypeError: 'NoneType' object is not subscriptable"
