@@ -103,6 +103,15 @@ def test_a_lock_is_waited_for_and_patience_ends_in_one_line(tmp_path):
     holder.join()
 
 
+def test_a_lock_is_given_back_at_once_after_an_error(tmp_path):
+    """Not when the last who looks at the error has let go of it."""
+    with pytest.raises(ValueError) as error, locked(tmp_path / "lock"):
+        raise ValueError("kept")
+    assert str(error.value) == "kept"
+    with take_lock(tmp_path / "lock", 0):
+        assert take_lock(tmp_path / "lock", 0) is None
+
+
 def test_a_writer_that_waited_holds_the_name_and_not_the_file_it_waited_for(tmp_path):
     """Its lock was on a file that the first writer has renamed meanwhile."""
     seen = []

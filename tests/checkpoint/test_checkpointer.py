@@ -20,6 +20,7 @@ from wsbcn_d2.checkpoint import (
     split_options,
     write_checkpoint,
 )
+from wsbcn_d2.checkpoint.checks import backbone_names
 from wsbcn_d2.layers import BatchChannelNorm2d
 
 from . import ours
@@ -205,6 +206,20 @@ def test_expectation_of_a_model_with_and_without_a_config():
     assert LoadExpectation.from_model(model("GN", "none")).ws_formula == "none"
     bare = LoadExpectation.from_model(ours.bottom_up(small("GN", "unbiased_std")))
     assert (bare.ws_formula, bare.norm) == ("unbiased_std", "GN")
+
+
+@pytest.mark.parametrize(
+    "names, kept",
+    [
+        (["backbone.bottom_up.stem.a", "backbone.fpn_lateral2.a", "roi_heads.res5.a"], [0]),
+        (["backbone.stem.a", "roi_heads.res5.0.a", "roi_heads.box_predictor.a"], [0, 1]),
+        (["backbone.stem.a", "backbone.res5.a", "backbone.linear.a"], [0, 1]),
+        (["stem.a", "res5.a", "linear.a"], [0, 1]),
+        (["head.a", "roi_heads.res5.a"], []),
+    ],
+)
+def test_which_tensors_are_the_bottom_up_networks(names, kept):
+    assert backbone_names(names) == [names[i] for i in kept]
 
 
 def test_what_is_saved_is_checked_when_reused(tmp_path):

@@ -74,6 +74,8 @@ def test_bars_with_intervals_on_both_sides_and_a_dot_per_seed(figures):
         assert [d.get_xdata().tolist() for d in dots] == [[v - less for v in GN], [50 - less]]
         assert [set(d.get_ydata()) for d in dots] == [{0}, {1}]
         assert [t.get_text() for t in ax.get_yticklabels()] == ["gn, 1 img", "bcn_ws, 1 img"]
+        grids = ax.get_xgridlines(), ax.get_ygridlines()
+        assert [any(line.get_visible() for line in grid) for grid in grids] == [True, False]
 
 
 def test_no_axis_goes_below_an_ap_of_0():

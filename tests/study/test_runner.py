@@ -105,6 +105,24 @@ def test_checkpoints_may_be_kept_and_looks_are_some_time_apart(tmp_path, command
     assert pauses and set(pauses) == {0.07}
 
 
+def test_progress_is_in_images_and_says_how_many_runs_are_left(tmp_path, command_of, monkeypatch):
+    updates, said, how = [], [], {}
+
+    class Bar:
+        close = staticmethod(lambda: said.append("closed"))
+        update = staticmethod(updates.append)
+
+        def set_postfix_str(self, text, refresh):
+            said.append((text, refresh))
+
+    monkeypatch.setattr(runner, "progress", lambda **options: how.update(options) or Bar())
+    assert run_all([make_run("a"), make_run("b")], tmp_path, command_of, poll_seconds=0.05) == []
+    assert how["total"] == sum(updates) == 2 * 40 * 2  # runs, iterations, images per step
+    lines = [(f"{left} of 2 runs to go", False) for left in (2, 1, 0)]
+    assert set(said[:-2]) <= set(lines) and said[0] != lines[2]
+    assert said[-2:] == [lines[2], "closed"]
+
+
 def test_a_last_line_that_is_no_text_is_told_all_the_same(tmp_path):
     code = "import sys; sys.stdout.buffer.write(b'\\n \\xff broken \\n\\n'); sys.exit(3)"
     (failure,) = run_all(
