@@ -216,3 +216,5 @@ def test_the_legend_of_a_study_lies_within_the_figure(images):
         for legend in figure.legends:
             box = legend.get_window_extent()
             assert 0 <= box.x0 < box.x1 <= figure.bbox.x1, name
+    (legend,) = figures["ap_over_iterations"].legends
+    assert legend._ncols == (3 if images == (1,) else 5)  # six names: in two rows
