@@ -730,7 +730,7 @@ def test_a_wheel_has_the_same_bytes_every_time(tmp_path):
     [
         ("error: a\nERROR: b\nhint: c\n", "ERROR: b"),
         ("x\n  fatal: d \n", "fatal: d"),
-        ("one\nno error here\n\n", "no error here"),
+        ("one\nno error here\nthe last\n\n", "the last"),
         (" \n", "no output"),
     ],
 )
