@@ -215,7 +215,11 @@ FAULTS = {
     "no pictures": (top(images=[], annotations=[]), "no pictures", "list the pictures"),
     "image id as text": (change("images", id="1"), "image without a whole number as id", "number"),
     "image twice": (change("images", 1, id=1), "ids of images that are not unique", "of its own"),
-    "no file name": (without("images", "file_name"), "image without a file_name", "image 1"),
+    "no file name": (
+        without("images", "file_name"),
+        "image without a file_name",
+        "(image 1): give it the picture's name",
+    ),
     "no height": (without("images", "height"), "image without height and width", "whole pixels"),
     "width as text": (change("images", width="64"), "image without height and width", "'64'"),
     # Categories.
