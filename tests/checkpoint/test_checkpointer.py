@@ -280,7 +280,7 @@ def test_raw_author_files_are_refused_with_the_mend(wrapper, module, tmp_path):
     refused(model("GN"), path, "convert it first with tools/convert_checkpoint.py")
 
 
-def test_caffe2_files_still_load(tmp_path):
+def test_caffe2_files_still_load(tmp_path, caplog, monkeypatch):
     """MSRA-style blobs into FrozenBN, group norm blobs into GN, neither into the other."""
     files = {}
     for norm, tag in (("BN", "bn"), ("GN", "gn")):
@@ -301,7 +301,10 @@ def test_caffe2_files_still_load(tmp_path):
         with open(files[norm], "wb") as stream:
             pickle.dump(blobs, stream, protocol=2)
     frozen = model("FrozenBN", "none")
+    monkeypatch.setattr(logging.getLogger("fvcore"), "propagate", True)
     WSBCNCheckpointer(frozen).load(files["BN"])
+    # The optimizer's state is left out, and not warned of as a parameter that the model lacks.
+    assert "fc1000" in caplog.text and "momentum" not in caplog.text
     name = "backbone.bottom_up.res5.1.conv2."
     assert torch.equal(frozen.state_dict()[name + "weight"], weights("GN")[name + "weight"])
     assert torch.equal(frozen.state_dict()[name + "norm.bias"], weights("GN")[name + "norm.bias"])

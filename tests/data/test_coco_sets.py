@@ -1051,6 +1051,8 @@ def test_registering_again_and_elsewhere(tmp_path, monkeypatch):
     other = write(tmp_path / "b", a_set())
     register_coco_sets([other])
     assert MetadataCatalog.get("test_set").json_file == other["JSON"]
+    register_coco_sets([{**other, "IMAGES": entry["IMAGES"]}])  # the same file, other pictures
+    assert MetadataCatalog.get("test_set").image_root == entry["IMAGES"]
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "a"))
     register_coco_sets([{"NAME": "test_set", "JSON": "set.json", "IMAGES": "set"}])
     assert MetadataCatalog.get("test_set").json_file == entry["JSON"]

@@ -116,6 +116,17 @@ def test_a_process_with_an_empty_first_batch_contributes_nothing(monkeypatch):
     assert_close(merged[1].state_dict(), fresh.state_dict(), rtol=0, atol=0)
 
 
+def test_at_a_rate_of_1_every_batch_gives_the_moments_of_all_together(monkeypatch):
+    ranks = make_ranks(2, steps_before=2)
+    for layer in (layer for layers in ranks for layer in layers):
+        layer.momentum = 1.0
+    data = run_once(ranks)
+    for i, layer in enumerate(synchronize(ranks, monkeypatch)):
+        mean, var = reference.moments(torch.cat([inputs[i] for inputs in data]))
+        assert_close(layer.running_mean.double(), mean, atol=1e-5, rtol=1e-5)
+        assert_close(layer.running_var.double(), var, atol=1e-4, rtol=1e-4)
+
+
 def test_a_process_with_an_empty_later_batch_contributes_its_estimates(monkeypatch):
     ranks = make_ranks(2, steps_before=1)
     old = copy.deepcopy(ranks[0][0])

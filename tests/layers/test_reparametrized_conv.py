@@ -10,7 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from wsbcn_d2 import WSConv2d, standardize_weight
-from wsbcn_d2.layers import CWNConv2d, WNConv2d
+from wsbcn_d2.layers import CWNConv2d, WNConv2d, standardize_once
 from wsbcn_d2.layers.recomputed_conv import recomputed_conv2d, recomputes
 
 kinds = pytest.mark.parametrize("kind", [WSConv2d, WNConv2d, CWNConv2d])
@@ -144,3 +144,18 @@ def test_whatever_is_frozen_the_others_have_their_gradients(kind, twice):
             found.append(grads)
         torch.testing.assert_close(*found)
         leaves[frozen].requires_grad_(True)
+
+
+@kinds
+def test_a_shared_weight_is_of_the_precision_of_its_use(kind):
+    """A head's forward that leaves autocast for some of its layers, and comes back."""
+    conv, x = kind(2, 4, 3), torch.randn(1, 2, 5, 5)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        half = conv(x)
+        with standardize_once(conv):
+            assert torch.equal(conv(x), half)
+            with torch.autocast("cpu", enabled=False):
+                y = conv(x)
+            assert torch.equal(conv(x), half)
+    with torch.no_grad():
+        torch.testing.assert_close(y, plain(conv, x))

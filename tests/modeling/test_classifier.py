@@ -81,6 +81,13 @@ def test_loss_and_answers(classifier_cfg):
         loss = model(inputs)
     assert list(loss) == ["loss_cls"]
     assert 0 <= storage.latest()["classifier/batch_top1"][0] <= 100
+    with torch.no_grad():
+        model.backbone.linear.bias[0] = 1e4  # the label of one of the four
+    with EventStorage(0) as storage:
+        model(inputs)
+    assert storage.latest()["classifier/batch_top1"][0] == 25.0
+    with torch.no_grad():
+        model.backbone.linear.bias[0] = 0
     model.eval()
     with torch.no_grad():
         model.backbone.linear.weight.normal_()

@@ -114,6 +114,11 @@ def test_failed_and_interrupted_studies_say_so_by_their_exit_code(
     assert (asked["runs"], asked["root"], asked["jobs"]) == ([2], output, 3)
     assert asked["keep_checkpoints"] is True
     assert asked["command"][asked["command"].index("--pictures") + 1] == "7"
+    # No place of this machine: the command goes into records.
+    assert asked["command"][asked["command"].index("--script") + 1] == "tools/train_net.py"
+    assert asked["repeat_of"](compare.plan(compare.parse(argv))[0]).startswith(
+        "python tools/train_net.py --config-file configs/"
+    )
 
     def interrupt(*_, **__):
         raise KeyboardInterrupt

@@ -240,6 +240,19 @@ def test_runs_share_the_cores_and_hold_their_lock_themselves(tmp_path, monkeypat
     assert len(failures) == 1
 
 
+def test_a_run_that_is_killed_after_its_last_evaluation_has_not_finished(tmp_path, command_of):
+    run = make_run("a")
+
+    def command(run, folder):
+        _, script, *words = command_of(run, folder)
+        end = "import os, runpy, sys; sys.argv[:] = sys.argv[1:]; runpy.run_path(sys.argv[0])\n"
+        return [sys.executable, "-c", f"{end}os.kill(os.getpid(), 9)", script, *words]
+
+    (failure,) = run_all([run], tmp_path, command, poll_seconds=0.05)
+    assert failure.reason == "exit code -9: no output"
+    assert not find_records(tmp_path / "records") and starts(tmp_path, run) == ["0"]
+
+
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path, command_of):
     run = make_run("a")
     folder = tmp_path / "runs" / run.name

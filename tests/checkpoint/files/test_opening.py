@@ -483,6 +483,8 @@ def test_bare_names_and_reading_our_own_files(good, tmp_path):
     assert report.format == "detectron2" and report.metadata.format == "imagenet"
     assert report.metadata.ws_formula == "biased", "what was recorded is kept"
     assert report.metadata.source == "R-50-GN-WS.pth.tar"
+    digest = hashlib.sha256(good.read_bytes()).hexdigest()
+    assert report.metadata.source_sha256 == digest, "the original's, not the converted file's"
     mode = again.stat().st_mode & 0o777
     plain = tmp_path / "plain"
     plain.write_text("")
