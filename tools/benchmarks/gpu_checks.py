@@ -82,7 +82,7 @@ def bcn_kernels(device: str, shapes=SHAPES, every_type: bool = True) -> str:
                 # Python, which compiles it, later ones by the nodes in C++ where there are any.
                 for i in range(5):
                     norm.train(i < 3)
-                    exact, same = copy.deepcopy(norm).double(), copy.deepcopy(norm)
+                    exact = copy.deepcopy(norm).double()
                     x = torch.randn(n, c, h, w, device=device).mul(1 + i).add(i).to(dtype)
                     x = x.contiguous(memory_format=layout)
                     dy = torch.randn_like(x)
@@ -94,14 +94,13 @@ def bcn_kernels(device: str, shapes=SHAPES, every_type: bool = True) -> str:
                         found = step(norm, x, dy)
                     with backend("off"):
                         wanted = step(exact, x.double(), dy.double())
-                        own = max(map(error, step(same, x, dy), wanted))
                     later = device != "cpu" and nodes() is not None and i in (1, 2, 4)
                     name = found[0].grad_fn.name()
                     assert name == "FusedBCN" or not later, f"launched by Python's {name}"
                     assert found[0].dtype == dtype and found[0].stride() == x.stride(), "layout"
                     value = max(map(error, found, wanted))
-                    # Two numbers a group may lie as close together as rounding lets them.
-                    allowed = max(LIMITS[dtype], 3 * own)
+                    # The gradient of two numbers cancels but for rounding, in any form.
+                    allowed = LIMITS[dtype] * (10 if c // groups * h * w == 2 else 1)
                     hold(value, allowed, f"{(n, c, h, w)} {dtype} {layout}")
                     worst[dtype] = max(worst.get(dtype, 0.0), value)
     return ", ".join(f"{str(dtype)[6:]} {value:.0e}" for dtype, value in worst.items())
