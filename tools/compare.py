@@ -75,8 +75,12 @@ def parse(argv):
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--configs", nargs="+", metavar="FILE", help="one config per variant")
     what.add_argument(
-        "--variants", nargs="+", default=list(ORDER), help=f"of configs/shapes: {', '.join(ORDER)}"
+        "--variants",
+        nargs="+",
+        default=list(ORDER),
+        help=f"names in --folder: {', '.join(ORDER)} if none are given",
     )
+    parser.add_argument("--folder", default=str(VARIANTS), help="configs/shapes, configs/nuclei")
     parser.add_argument("--images-per-step", nargs="+", type=int, default=[], metavar="N")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--dataset-train", metavar="NAME", help="in place of the configs'")
@@ -89,7 +93,8 @@ def parse(argv):
         action="append",
         default=[],
         metavar="KEY VALUE",
-        help="KEY VALUE VALUE ...: a variant per value; again for another key: every combination",
+        help="KEY[,KEY...] VALUE VALUE ...: a variant per value; again for another key: every "
+        "combination",
     )
     parser.add_argument(
         "--monitor-period", type=int, default=100, help="iterations; 0: no channel monitor"
@@ -120,7 +125,8 @@ def plan(args):
     if args.configs:
         configs = label_configs(args.configs)
     else:
-        configs = {name: relative(VARIANTS / f"{PREFIX}{name}.yaml") for name in args.variants}
+        folder = Path(args.folder)
+        configs = {name: relative(folder / f"{PREFIX}{name}.yaml") for name in args.variants}
     opts = list(args.opts)
     for key, name in (("TRAIN", args.dataset_train), ("TEST", args.dataset_test)):
         if name:

@@ -145,6 +145,14 @@ def test_defaults_of_a_study(compare):
     assert not args.keep_checkpoints and not args.report_only and args.max_iter is None
 
 
+def test_variants_are_of_a_folder(compare, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = "--folder configs/nuclei --variants gn bcn_ws_held --seeds 1 --output out"
+    runs = compare.plan(compare.parse(words.split()))
+    assert [run.variant for run in runs] == ["gn", "bcn_ws_held"]
+    assert runs[0].config_file == "configs/nuclei/mask_rcnn_R_18_FPN_gn.yaml"
+
+
 def test_every_option_of_a_plan(compare, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = """

@@ -125,6 +125,14 @@ def test_sweeps_multiply_where_they_have_an_effect():
     assert found == {None, True, False}
 
 
+def test_keys_joined_by_commas_are_swept_together():
+    keys = "MODEL.RESNETS.NORM,MODEL.FPN.NORM"
+    runs = make_plan({"gn": CONFIGS["gn"]}, sweeps=[(keys, ["GN", "BN"])])
+    norms = [[run.settings[key] for key in keys.split(",")] for run in runs]
+    assert norms == [["GN", "GN"], ["BN", "BN"]]
+    assert [run.variant for run in runs] == ["gn NORM=GN", "gn NORM=BN"]
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_options_with_an_effect_are_in_the_settings_at_their_defaults_too(variant):
     """So that a record stays what it is when one of the defaults moves."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from wsbcn_d2.study.plots import make_figures, png_bytes, showcase
+from wsbcn_d2.study.stats import t_quantile
 
 from .helpers import make_record
 
@@ -220,3 +221,26 @@ def test_the_legend_of_a_study_lies_within_the_figure(images):
             assert 0 <= box.x0 < box.x1 <= figure.bbox.x1, name
     (legend,) = figures["ap_over_iterations"].legends
     assert legend._ncols == (3 if images == (1,) else 5)  # six names: in two rows
+
+
+def test_final_ap_over_learning_rates():
+    records = []
+    for rate, boxes in ((0.02, (3.0, 5.0)), (0.01, (7.0, 8.0))):
+        for seed, box in enumerate(boxes):
+            record = make_record(f"gn BASE_LR={rate:g}", seed=seed, box=box)
+            records.append({**record, "learning_rate": rate})
+    assert "ap_over_learning_rate" not in make_figures(records[:2])  # one rate is no curve
+    records.append({**make_record("bn", box=1.0), "learning_rate": 0.02})
+    figure = make_figures(records)["ap_over_learning_rate"]
+    box, mask = figure.axes
+    assert (box.get_ylabel(), mask.get_ylabel()) == ("box AP", "mask AP")
+    (bars,) = box.containers
+    line, _, (bar,) = bars
+    assert bars.get_label() == "gn" and line.get_xydata().tolist() == [[0.01, 7.5], [0.02, 4.0]]
+    half = t_quantile(1) * 0.5  # of two seeds that are one apart
+    assert bar.get_segments()[0][:, 1] == pytest.approx([7.5 - half, 7.5 + half])
+    assert [text.get_text() for text in box.get_xticklabels()] == ["0.01", "0.02"]
+    assert box.get_xscale() == "log"
+    # One seed has a point and no bar.
+    figure = make_figures([r for r in records if r["seed"] == 0])["ap_over_learning_rate"]
+    assert figure.axes[0].containers[0][0].get_xydata().tolist() == [[0.01, 7.0], [0.02, 3.0]]

@@ -199,7 +199,8 @@ def make_plan(
         images_per_step: numbers of images; a config's own if empty. Learning rate and schedule
             follow by the linear rule.
         seeds: values of ``SEED``.
-        sweeps: (key, values) pairs; every combination of values makes a variant.
+        sweeps: (key, values) pairs; every combination of values makes a variant. Keys joined by
+            commas have the same value.
         max_iter: iterations at the config's own images per step; the whole schedule shrinks or
             grows with it.
         evaluations: points of the AP curves, the last at the end.
@@ -221,9 +222,10 @@ def make_plan(
     for seed, images in itertools.product(seeds, images_per_step or (None,)):
         for label, path in configs.items():
             for values in itertools.product(*(values for _, values in sweeps)):
-                swept = [(key, value) for (key, _), value in zip(sweeps, values, strict=True)]
+                swept = [(keys, value) for (keys, _), value in zip(sweeps, values, strict=True)]
                 name = " ".join([label, *(f"{k.split('.')[-1]}={v}" for k, v in swept)])
-                options = [*opts, *(part for pair in swept for part in pair)]
+                pairs = [(key, value) for keys, value in swept for key in keys.split(",")]
+                options = [*opts, *(part for pair in pairs for part in pair)]
                 run = _make_run(name, path, options, images, seed, schedule)
                 runs.setdefault(run.digest, run)
     return list(runs.values())

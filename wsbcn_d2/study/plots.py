@@ -173,6 +173,33 @@ def _final_figure(records: Sequence[dict]) -> Figure:
     return figure
 
 
+def _rate_figure(records: Sequence[dict]) -> Figure | None:
+    """Final AP over learning rates, of the variants that were trained at several."""
+    curves: dict[str, dict[float, list[dict]]] = {}
+    for record in _at_fewest_images(records):
+        words = [word for word in record["variant"].split() if not word.startswith("BASE_LR=")]
+        rates = curves.setdefault(" ".join(words), {})
+        rates.setdefault(record["learning_rate"], []).append(record["final_ap"])
+    curves = {variant: rates for variant, rates in curves.items() if len(rates) > 1}
+    if not curves:
+        return None
+    tasks, ticks = tasks_of(r["final_ap"] for r in records), sorted(set().union(*curves.values()))
+    figure = Figure((5.2 * len(tasks), 3.4), layout="constrained")
+    for ax, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        for (variant, rates), style in zip(curves.items(), _LOOKS(), strict=False):
+            x = sorted(rates)
+            stats = [mean_interval([ap[task] for ap in rates[rate]]) for rate in x]
+            look = {"marker": "o", "markersize": 3, "capsize": 3, "label": _text(variant), **style}
+            ax.errorbar(x, [mean for mean, _ in stats], [half or 0 for _, half in stats], **look)
+        ax.set(xscale="log", xlabel="learning rate", ylabel=task_label(task))
+        ax.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
+        ax.minorticks_off()
+        ax.set_ylim(bottom=0)
+        ax.grid(alpha=0.3)
+        ax.legend()
+    return figure
+
+
 def _loss_figure(records: Sequence[dict]) -> Figure | None:
     if not any(record["loss"] for record in records):
         return None
@@ -206,6 +233,7 @@ def make_figures(records: Sequence[dict]) -> dict[str, Figure]:
         "final_ap": _final_figure(records),
         "ap_over_iterations": _ap_figure(records, 0, "iteration"),
         "ap_over_time": _ap_figure(records, 1, "seconds of training steps"),
+        "ap_over_learning_rate": _rate_figure(records),
         "loss": _loss_figure(records),
         "channels": _channel_figure(records),
     }
