@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A Mask R-CNN that takes a step in a tenth of a second: R-18, 32 channels everywhere else.
 TINY = {
+    "MODEL.BCN.UPDATE_RATE": 0.01,  # so that a step changes everything that it can
     "MODEL.RESNETS.STEM_OUT_CHANNELS": 32,
     "MODEL.FPN.OUT_CHANNELS": 32,
     "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 50,

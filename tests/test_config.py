@@ -21,7 +21,7 @@ KEYS = {
     "MODEL.WS.EPS": 1e-5,
     "MODEL.WS.PARTS": [],
     "MODEL.BCN.NUM_GROUPS": None,
-    "MODEL.BCN.UPDATE_RATE": 0.01,
+    "MODEL.BCN.UPDATE_RATE": 0.0,
     "MODEL.BCN.UPDATE_RATE_SCHEDULE": "constant",
     "MODEL.BCN.FIRST_BATCH_INIT": True,
     "MODEL.BCN.SYNC_ESTIMATES": True,
@@ -62,9 +62,13 @@ ARGUMENTS = {
     "MODEL.BCN.FIRST_BATCH_INIT": ("first_batch_init",),
     "MODEL.CLASSIFIER.ZERO_INIT_LAST_NORM": ("zero_init_last_norm",),
 }
-OTHERWISE = {  # None: what each norm has
+OTHERWISE = {
+    # None: what each norm has.
     ("estimate_hooks", "update_rate"): None,
     ("UpdateRateSchedule", "update_rate"): None,
+    # The classes are the paper's; the names that a config has for them hold their estimates.
+    ("EstimatedBatchNorm2d", "momentum"): 0.01,
+    ("BatchChannelNorm2d", "update_rate"): 0.01,
 }
 
 
@@ -102,7 +106,7 @@ def test_adding_to_a_config_of_ones_own():
     cfg = get_detectron2_cfg()
     cfg.MODEL.OWN = CfgNode({"KEY": 1})
     add_wsbcn_config(cfg)
-    assert cfg.MODEL.OWN.KEY == 1 and cfg.MODEL.BCN.UPDATE_RATE == 0.01
+    assert cfg.MODEL.OWN.KEY == 1 and cfg.MODEL.BCN.UPDATE_RATE == 0.0
     # Detectron2's defaults themselves are untouched.
     assert "BCN" not in get_detectron2_cfg().MODEL
 

@@ -54,9 +54,10 @@ def add_wsbcn_config(cfg: CfgNode) -> None:
     # Groups of the channel norm in "BCN", "BatchBCN" and "SyncBCN": a number, or "auto" for the
     # largest divisor of the channels up to 32, which every number has; None: 32.
     cfg.MODEL.BCN.NUM_GROUPS = None
-    # How far the running estimates of "BCN" and "EstBN" move towards each batch, in [0, 1]; what
-    # was measured of it: configs/shapes/results, configs/nuclei/results. At 0 they are held: where
-    # the first batch set them, or, with FIRST_BATCH_INIT False, at mean 0 and variance 1.
+    # How far the running estimates of "BCN" and "EstBN" move towards each batch, in [0, 1]. At 0
+    # they are held: as MODEL.WEIGHTS has them, else as the first batch set them or, with
+    # FIRST_BATCH_INIT False, at mean 0 and variance 1. That was measured to be better than moving
+    # ones (configs/nuclei/results). "EstBN", which no channel norm follows, needs them to move.
     cfg.MODEL.BCN.UPDATE_RATE = DEFAULT_UPDATE_RATE
     # "constant", or "lr": the rate follows the learning rate's factor (lr / base lr).
     cfg.MODEL.BCN.UPDATE_RATE_SCHEDULE = "constant"

@@ -9,6 +9,7 @@ import sys
 import detectron2.layers
 import detectron2.modeling
 import pytest
+import torch
 from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm
 from torch import nn
 
@@ -203,6 +204,18 @@ def test_a_norm_of_one_channel_by_which_detectron2_looks_at_a_kind(name, kind):
     norm = detectron2.layers.get_norm(name, 1)
     assert type(norm) is kind
     assert kind is not nn.GroupNorm or (norm.num_groups, norm.num_channels) == (1, 1)
+
+
+@pytest.mark.parametrize("name, moves", [("BCN", False), ("EstBN", True)])
+def test_whether_the_estimates_of_a_name_move(name, moves):
+    norm = detectron2.layers.get_norm(name, 64)
+    bn = norm if name == "EstBN" else norm.bn
+    first, second = torch.randn(2, 1, 64, 5, 5) + 3
+    norm(first)
+    assert torch.allclose(bn.running_mean, first.mean((0, 2, 3)), atol=1e-5)
+    before = bn.running_mean.clone()
+    norm(second - 7)
+    assert torch.equal(bn.running_mean, before) != moves
 
 
 def test_the_groups_are_given_back_after_an_error():

@@ -16,7 +16,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.modules import module as nn_module
 
-from .estimated_batch_norm import DEFAULT_UPDATE_RATE, EstimatedBatchNorm2d, check_input
+from .estimated_batch_norm import MOVING_UPDATE_RATE, EstimatedBatchNorm2d, check_input
 from .kernels.autograd import fused_bcn
 from .kernels.dispatch import backend_name, bcn_backend
 from .recomputation import recalled, remember, repeats
@@ -92,7 +92,7 @@ class BatchChannelNorm2d(nn.GroupNorm):
         num_groups: int | str = DEFAULT_GROUPS,
         eps: float = 1e-5,
         statistics: str = "estimated",
-        update_rate: float = DEFAULT_UPDATE_RATE,
+        update_rate: float = MOVING_UPDATE_RATE,
     ):
         """
         Args:

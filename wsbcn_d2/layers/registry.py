@@ -16,7 +16,7 @@ from fvcore.common.registry import Registry
 from torch import nn
 
 from .batch_channel_norm import DEFAULT_GROUPS, BatchChannelNorm2d
-from .estimated_batch_norm import EstimatedBatchNorm2d
+from .estimated_batch_norm import DEFAULT_UPDATE_RATE, EstimatedBatchNorm2d
 
 __all__ = ["NORM_REGISTRY", "bcn_groups", "rebind", "register_norms", "unregister_norms"]
 
@@ -57,8 +57,8 @@ def bcn_groups(num_groups: int | str | None) -> Iterator[None]:
 
 @NORM_REGISTRY.register()
 def BCN(channels: int) -> nn.Module:
-    """Batch-channel norm on running estimates: for 1-2 images per step."""
-    return BatchChannelNorm2d(channels, _groups.get())
+    """Batch-channel norm on estimates: for 1-2 images per step."""
+    return BatchChannelNorm2d(channels, _groups.get(), update_rate=DEFAULT_UPDATE_RATE)
 
 
 @NORM_REGISTRY.register()
