@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import TINY
+from conftest import STOCK_TINY
 
 # Builds stock models in a fresh process, with or without this package; prints what they are.
 SCRIPT = r"""
@@ -73,7 +73,7 @@ print(json.dumps(result))
 """
 
 STOCK = [
-    *TINY,
+    *STOCK_TINY,
     *("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "MODEL.MASK_ON", "True"),
     *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.BACKBONE.FREEZE_AT", "0"),
     *("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"),
