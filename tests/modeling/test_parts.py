@@ -295,6 +295,22 @@ def test_detectron2s_own_trainer_and_predictor(tiny_cfg, tmp_path):
     assert len(standardized(DefaultPredictor(cfg).model)) == 29
 
 
+@pytest.mark.parametrize(
+    "norm, rate, warned", [("EstBN", 0.0, 8), ("EstBN", 0.01, 0), ("BCN", 0.0, 0)]
+)
+def test_held_estimates_without_a_channel_norm_are_warned_of(tiny_cfg, caplog, norm, rate, warned):
+    cfg = tiny(tiny_cfg, "MODEL.FPN.NORM", norm, "MODEL.BCN.UPDATE_RATE", rate)
+    with caplog.at_level("WARNING", "wsbcn_d2.modeling.parts"):
+        model = build_model(cfg)
+    found = [r.getMessage() for r in caplog.records if "EstBN" in r.getMessage()]
+    assert len(found) == bool(warned)
+    for line in found:
+        assert line.startswith(f"{warned} norms (backbone.fpn_lateral2.norm, ...)")
+        assert "MODEL.BCN.UPDATE_RATE" in line
+    norms = [m for m in model.modules() if isinstance(m, EstimatedBatchNorm2d)]
+    assert {m.momentum for m in norms} == {rate}
+
+
 def test_a_stock_config_is_left_alone(tiny_cfg):
     cfg = tiny(tiny_cfg, "MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "GN")
     del cfg.MODEL["WS"], cfg.MODEL["BCN"]

@@ -17,7 +17,14 @@ from detectron2.layers import Conv2d, DeformConv, ModulatedDeformConv
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..layers import bcn_groups, rebind, set_update_rate, skip_first_batch_init
+from ..layers import (
+    BatchChannelNorm2d,
+    EstimatedBatchNorm2d,
+    bcn_groups,
+    rebind,
+    set_update_rate,
+    skip_first_batch_init,
+)
 from ..layers.reparametrized_conv import ReparametrizedConv2d
 from ..layers.weight_normalization import conv_class
 from .recomputation import modules_named
@@ -147,6 +154,8 @@ def set_estimates(
 ) -> nn.Module:
     """Set the update rate of a model's running estimates, and how they start: the one place.
 
+    A rate of 0 is warned of where no channel norm follows the held estimates.
+
     Args:
         model: changed in place.
         rate: ``MODEL.BCN.UPDATE_RATE``; None for what each norm has.
@@ -160,7 +169,19 @@ def set_estimates(
     """
     if rate is not None:
         set_update_rate(model, rate)
+    if rate == 0 and (alone := _without_channel_norm(model)):
+        logging.getLogger(__name__).warning(
+            f"{len(alone)} norms ({alone[0]}, ...) are EstBN at an update rate of 0: with their "
+            "estimates held nothing normalizes; MODEL.BCN.UPDATE_RATE 0.01 lets them move"
+        )
     return model if first_batch_init else skip_first_batch_init(model)
+
+
+def _without_channel_norm(model: nn.Module) -> list[str]:
+    """Names of norms on running estimates that are no part of a BCN."""
+    inner = {id(m.bn) for m in model.modules() if isinstance(m, BatchChannelNorm2d)}
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, EstimatedBatchNorm2d)}
+    return [name for name, norm in norms.items() if id(norm) not in inner]
 
 
 def prepare(model: nn.Module, cfg: CfgNode) -> nn.Module:
