@@ -178,3 +178,31 @@ def test_the_sum_does_not_depend_on_who_has_what(world_size, seed, seen):
     assert_close(merged_mean, expected_mean)
     assert_close(merged_var, expected_var)
     assert torch.equal(merged_count, count)
+
+
+def test_held_estimates_are_averaged_until_every_layer_has_its_own(monkeypatch):
+    calls = []
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(dist, "all_reduce", lambda total: calls.append(total))
+    layers = [EstimatedBatchNorm2d(c, momentum=0.0) for c in CHANNELS]
+    frozen = EstimatedBatchNorm2d(4, momentum=RATE).requires_grad_(False)  # never sees a batch
+    synchronizer = EstimateSynchronizer([*layers, frozen])
+    layers[0](batch(0).float())
+    for expected in (1, 2):  # a head may have no boxes at first
+        synchronizer.synchronize()
+        assert len(calls) == expected
+    layers[1](batch(1).float())
+    means = [layer.running_mean.clone() for layer in layers]
+    for _ in range(3):
+        synchronizer.synchronize()
+        layers[0](batch(0).float())
+    assert len(calls) == 3
+    assert all(torch.equal(norm.running_mean, m) for norm, m in zip(layers, means, strict=True))
+    layers[0].momentum = RATE  # and whenever they move
+    for expected in (4, 5):
+        synchronizer.synchronize()
+        assert len(calls) == expected
+    layers[0].momentum = 0.0
+    for _ in range(3):
+        synchronizer.synchronize()
+    assert len(calls) == 6

@@ -97,10 +97,17 @@ class EstimateSynchronizer:
         # Batches that the processes agree on having seen: 0 before a layer's first average, by
         # when it may have run more than once.
         self._agreed = torch.stack([norm.num_batches_tracked for norm in norms])
+        self._settled = False  # held, and equal from here on
 
     @torch.no_grad()
     def synchronize(self) -> None:
-        """Average the estimates over the processes of the default group: one all-reduce."""
+        """Average the estimates over the processes of the default group: one all-reduce.
+
+        Where they are held (a rate of 0) there is none once every layer has its first batch's.
+        """
+        held = all(norm.momentum == 0 or not norm.updates() for norm in self._norms)
+        if self._settled and held:
+            return
         means = [norm.running_mean for norm in self._norms]
         variances = [norm.running_var for norm in self._norms]
         counts = [norm.num_batches_tracked for norm in self._norms]
@@ -119,3 +126,8 @@ class EstimateSynchronizer:
         torch._foreach_copy_(variances, list(var.to(variances[0].dtype).split(self._sizes)))
         torch._foreach_copy_(counts, list(count.unbind()))
         self._agreed = count
+        # The processes agree on the counts, and so on this; it waits for the device while held.
+        self._settled = held and all(
+            seen > 0 or not norm.updates()
+            for seen, norm in zip(count.tolist(), self._norms, strict=True)
+        )
