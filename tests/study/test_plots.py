@@ -241,6 +241,14 @@ def test_final_ap_over_learning_rates():
     assert bar.get_segments()[0][:, 1] == pytest.approx([7.5 - half, 7.5 + half])
     assert [text.get_text() for text in box.get_xticklabels()] == ["0.01", "0.02"]
     assert box.get_xscale() == "log"
+    # A detector without masks beside them has its boxes alone.
+    for record in [r for r in records if r["variant"].startswith("gn")]:
+        boxes = {"bbox": record["final_ap"]["bbox"]}
+        variant = record["variant"].replace("gn", "boxes")
+        records.append({**record, "variant": variant, "final_ap": boxes})
+    box, mask = make_figures(records)["ap_over_learning_rate"].axes
+    assert [len(bars[0].get_xdata()) for bars in box.containers] == [2, 2]
+    assert [len(bars[0].get_xdata()) for bars in mask.containers] == [2, 0]
     # One seed has a point and no bar.
     figure = make_figures([r for r in records if r["seed"] == 0])["ap_over_learning_rate"]
     assert figure.axes[0].containers[0][0].get_xydata().tolist() == [[0.01, 7.0], [0.02, 3.0]]

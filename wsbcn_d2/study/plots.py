@@ -187,8 +187,9 @@ def _rate_figure(records: Sequence[dict]) -> Figure | None:
     figure = Figure((5.2 * len(tasks), 3.4), layout="constrained")
     for ax, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         for (variant, rates), style in zip(curves.items(), _LOOKS(), strict=False):
-            x = sorted(rates)
-            stats = [mean_interval([ap[task] for ap in rates[rate]]) for rate in x]
+            found = {rate: [ap[task] for ap in rates[rate] if task in ap] for rate in sorted(rates)}
+            x = [rate for rate, values in found.items() if values]
+            stats = [mean_interval(found[rate]) for rate in x]
             look = {"marker": "o", "markersize": 3, "capsize": 3, "label": _text(variant), **style}
             ax.errorbar(x, [mean for mean, _ in stats], [half or 0 for _, half in stats], **look)
         ax.set(xscale="log", xlabel="learning rate", ylabel=task_label(task))
