@@ -196,6 +196,12 @@ def test_no_result_is_typed_by_hand(folder):
     ]
 
 
+def test_nor_on_the_main_page():
+    page = (ROOT / "README.md").read_text()
+    paper, versions, rate = {"1903.10520"}, {"3.10", "3.13", "2.0"}, {"0.02"}
+    assert set(NUMBER.findall(prose(page))) <= paper | versions | rate
+
+
 def intervals(name):
     """Variant and ``mean +- half width`` of each row of a committed table, box AP first."""
     with (RESULTS / f"{name}.csv").open() as file:

@@ -25,6 +25,7 @@ from wsbcn_d2.study.summary import runs_csv, summarize, summary_csv
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import compare  # a command beside this folder
+from benchmarks import page as benchmarks
 
 
 def records_of(folder, name):
@@ -53,13 +54,15 @@ def made(folder):
 
 
 def main_page(page=Path("README.md")):
-    """The same for the page that names studies as SET/NAME."""
+    """The same for the page that names studies as SET/NAME, and shows the benchmarks' records."""
 
     def records(name):
+        if name == "benchmarks":
+            return benchmarks.read()
         kind, _, study = name.partition("/")
         return records_of(Path("configs", kind, "results"), study)
 
-    return {page: fill_page(page.read_text(), records)}
+    return {page: fill_page(page.read_text(), records, {"costs": benchmarks.costs})}
 
 
 @one_line_errors

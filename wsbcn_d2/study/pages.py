@@ -11,7 +11,7 @@ how far the backbone's estimates of the mean were off on average, in standard de
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -29,22 +29,29 @@ _CHANNELS = {
 }
 
 
-def fill_page(page: str, records_of: Callable[[str], Sequence[dict]]) -> str:
+def fill_page(
+    page: str,
+    records_of: Callable[[str], Sequence[dict]],
+    more: Mapping[str, Callable[..., str]] | None = None,
+) -> str:
     """The text of a page with all its tables made anew; all outside of the comments stays.
 
     Args:
         page: the text.
         records_of: name of a study to its records, in the order of its variants.
+        more: further kinds of tables, each with what makes one of what ``records_of`` gives.
 
     Raises:
         ValueError: for a comment that asks for no known table.
     """
 
+    tables = {**_TABLES, **(more or {})}
+
     def fill(found: re.Match) -> str:
         kind, name = found.groups()
-        if kind not in _TABLES:
-            raise ValueError(f"unknown table {kind!r}: known are {', '.join(_TABLES)}")
-        return f"<!-- {kind}: {name} -->\n{_TABLES[kind](records_of(name))}<!-- end -->"
+        if kind not in tables:
+            raise ValueError(f"unknown table {kind!r}: known are {', '.join(tables)}")
+        return f"<!-- {kind}: {name} -->\n{tables[kind](records_of(name))}<!-- end -->"
 
     return _BLOCK.sub(fill, page)
 
