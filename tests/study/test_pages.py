@@ -75,6 +75,24 @@ def test_two_images_alone_are_said_too():
     assert "| gn | 2 | 3.0 | 2.0 | 1 | 0.02 |" in page
 
 
+def test_the_lowest_is_that_of_the_worst_seed():
+    page = fill_page("<!-- lowest: x -->\n<!-- end -->", lambda name: records())
+    assert page.splitlines()[1:-1] == [
+        "| variant | lowest box AP | lowest mask AP | of seeds |",
+        "| --- | --- | --- | --- |",
+        "| gn | 11.0 | 10.0 | 2 |",
+        "| bcn | 21.0 | 20.0 | 2 |",
+    ]
+
+
+def test_a_page_may_bring_tables_of_its_own():
+    page = "<!-- costs: it -->\n<!-- end --><!-- ap: it -->\n<!-- end -->"
+    filled = fill_page(page, lambda name: records(), {"costs": lambda made: f"{len(made)} of it\n"})
+    assert filled.startswith("<!-- costs: it -->\n4 of it\n<!-- end -->") and "| gn |" in filled
+    with pytest.raises(ValueError, match="ap, lowest, pairs, channels, costs"):
+        fill_page("<!-- cost: it -->\n<!-- end -->", None, {"costs": len})
+
+
 def test_a_table_that_there_is_not():
-    with pytest.raises(ValueError, match=r"unknown table 'app'.*ap, pairs, channels"):
+    with pytest.raises(ValueError, match=r"unknown table 'app'.*ap, lowest, pairs, channels"):
         fill_page("<!-- app: x -->\n<!-- end -->", lambda name: records())

@@ -5,9 +5,10 @@ A page has its tables between two comments, of which the first says what they sh
     <!-- ap: NAME -->
     <!-- end -->
 
-``ap`` is the AP of each variant of the study NAME, ``pairs`` their differences, paired by seed,
-``channels`` what the channel monitor saw: the share of channels that are inactive at the end, and
-how far the backbone's estimates of the mean were off on average, in standard deviations.
+``ap`` is the AP of each variant of the study NAME, ``lowest`` that of its worst seed, ``pairs``
+their differences, paired by seed, ``channels`` what the channel monitor saw: the share of channels
+that are inactive at the end, and how far the backbone's estimates of the mean were off on average,
+in standard deviations.
 """
 
 import re
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from .pairs import compare_pairs, pairs_table
-from .summary import group, markdown, summarize, table
+from .summary import group, markdown, summarize, table, task_label, tasks_of
 
 __all__ = ["fill_page", "prose"]
 
@@ -74,6 +75,16 @@ def _ap(records: Sequence[dict]) -> str:
     return _columns(*table(summarize(records)), left_out=cost)
 
 
+def _lowest(records: Sequence[dict]) -> str:
+    tasks = tasks_of(record["final_ap"] for record in records)
+    lines = []
+    for (variant, images), members in group(records).items():
+        lowest = [min(member["final_ap"][task] for member in members) for task in tasks]
+        lines.append([variant, str(images), *(f"{ap:.1f}" for ap in lowest), str(len(members))])
+    labels = [f"lowest {task_label(task)}" for task in tasks]
+    return _columns(["variant", "images/step", *labels, "of seeds"], lines)
+
+
 def _pairs(records: Sequence[dict]) -> str:
     return _columns(*pairs_table(compare_pairs(records)))
 
@@ -90,4 +101,4 @@ def _channels(records: Sequence[dict]) -> str:
     return _columns(["variant", "images/step", *_CHANNELS, "seeds"], lines)
 
 
-_TABLES = {"ap": _ap, "pairs": _pairs, "channels": _channels}
+_TABLES = {"ap": _ap, "lowest": _lowest, "pairs": _pairs, "channels": _channels}
