@@ -92,6 +92,7 @@ def test_absent_cifar_says_where_it_was_looked_for(tmp_path):
     message = str(error.value)
     assert str(tmp_path / "cifar-10-batches-py") in message
     assert "cifar-10-python.tar.gz" in message and "DETECTRON2_DATASETS" in message
+    assert "cifar-10-batches-bin and cifar-10-binary.tar.gz" in message
     assert "\n" not in message
 
 
@@ -102,7 +103,9 @@ def test_a_pickle_that_is_not_cifars_is_not_opened(tmp_path, write_cifar):
 
     _, _, place = write_cifar(tmp_path, "cifar10", as_archive=False)
     (place / "data_batch_1").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ClassificationDataError, match="damaged.*get the python version"):
+    with pytest.raises(
+        ClassificationDataError, match="damaged.*get the python or the binary version"
+    ):
         load_cifar(tmp_path, "cifar10", "train")
 
 
@@ -113,7 +116,9 @@ def test_damaged_cifar(content, tmp_path, write_cifar):
         (place / "data_batch_3").unlink()
     else:
         (place / "data_batch_3").write_bytes(content)
-    with pytest.raises(ClassificationDataError, match="damaged.*get the python version"):
+    with pytest.raises(
+        ClassificationDataError, match="damaged.*get the python or the binary version"
+    ):
         load_cifar(tmp_path, "cifar10", "train")
 
 

@@ -1,7 +1,7 @@
-"""Classification data sets as Detectron2 knows them: image folders and CIFAR, read by torchvision.
+"""Classification data sets as Detectron2 knows them: image folders and CIFAR.
 
-CIFAR's files are pickles, which can run code when they are read: torchvision holds every one
-against the MD5 of the original before it opens any.
+The files of CIFAR's python version are pickles, which can run code when they are read: torchvision
+holds every one against the MD5 of the original before it opens any.
 """
 
 import os
@@ -13,6 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 from torchvision.datasets.utils import check_integrity
 
 from ..errors import ClassificationDataError
+from .cifar_binary import BINARY
 
 __all__ = ["load_cifar", "load_image_folder", "register_cifar", "register_image_folder"]
 
@@ -64,9 +65,12 @@ def register_image_folder(name: str, folder: str | os.PathLike) -> None:
 
 def _find_cifar(root: Path, dataset: str) -> Path:
     """The extracted folder, else the archive, else the folder that there should be."""
-    kind = _CIFAR[dataset]
-    folder, archive = root / kind.base_folder, root / kind.filename
-    return folder if folder.is_dir() or not archive.is_file() else archive
+    kinds = _CIFAR[dataset], BINARY[dataset]
+    for kind in kinds:
+        folder, archive = root / kind.base_folder, root / kind.filename
+        if folder.is_dir() or archive.is_file():
+            return folder if folder.is_dir() else archive
+    return root / kinds[0].base_folder
 
 
 def load_cifar(root: str | os.PathLike, dataset: str, split: str) -> list[dict]:
@@ -75,7 +79,8 @@ def load_cifar(root: str | os.PathLike, dataset: str, split: str) -> list[dict]:
     Args:
         root: folder that holds ``cifar-10-batches-py`` (``cifar-100-python``), or the archive
             ``cifar-10-python.tar.gz`` (``cifar-100-python.tar.gz``) as downloaded, which is
-            extracted there.
+            extracted there; or the binary version, ``cifar-10-batches-bin`` (``cifar-100-binary``)
+            or ``cifar-10-binary.tar.gz`` (``cifar-100-binary.tar.gz``), which is read as it is.
         dataset: ``"cifar10"`` or ``"cifar100"``.
         split: ``"train"`` or ``"test"``.
 
@@ -84,32 +89,41 @@ def load_cifar(root: str | os.PathLike, dataset: str, split: str) -> list[dict]:
         ``height``, ``width``.
 
     Raises:
-        ClassificationDataError: if the data set is absent, or not byte for byte the original.
+        ClassificationDataError: if the data set is absent or damaged; the python version is, if it
+            is not byte for byte the original.
     """
-    kind, root = _CIFAR[dataset], Path(root)
+    kind, binary, root = _CIFAR[dataset], BINARY[dataset], Path(root)
     place = _find_cifar(root, dataset)
     mend = (
-        "get the python version from https://www.cs.toronto.edu/~kriz/cifar.html, or set "
-        "DETECTRON2_DATASETS to the folder that holds it"
+        "get the python or the binary version from https://www.cs.toronto.edu/~kriz/cifar.html, or "
+        "set DETECTRON2_DATASETS to the folder that holds it"
     )
     if not place.exists():
         raise ClassificationDataError(
-            f"{dataset} is absent: looked for {place.absolute()} and {kind.filename} beside it; "
-            + mend
+            f"{dataset} is absent: looked for {place.absolute()}, and {kind.filename}, "
+            f"{binary.base_folder} and {binary.filename} beside it; {mend}"
         )
     try:
-        if not place.is_dir() and not check_integrity(place, kind.tgz_md5):
-            raise RuntimeError("another file than the original")
-        # With the whole archive there, "download" means to extract it.
-        images = kind(root, train=split == "train", download=not place.is_dir())
-    except (RuntimeError, OSError) as error:  # other bytes than the original's; a full disk
+        if place.name in (binary.base_folder, binary.filename):
+            images, labels = binary.read(place, split)
+        else:
+            images, labels = _read_pickles(kind, place, split)
+    except (RuntimeError, OSError, ValueError) as error:  # other bytes; a full disk
         raise ClassificationDataError(
             f"{dataset} in {place.absolute()} is damaged ({error}); {mend}"
         ) from error
     return [
         {"pixels": pixels, "image_id": i, "label": label, "height": 32, "width": 32}
-        for i, (pixels, label) in enumerate(zip(images.data, images.targets, strict=True))
+        for i, (pixels, label) in enumerate(zip(images, labels, strict=True))
     ]
+
+
+def _read_pickles(kind: type[CIFAR10], place: Path, split: str):
+    if not place.is_dir() and not check_integrity(place, kind.tgz_md5):
+        raise RuntimeError("another file than the original")
+    # With the whole archive there, "download" means to extract it.
+    images = kind(place.parent, train=split == "train", download=not place.is_dir())
+    return images.data, images.targets
 
 
 def register_cifar(name: str, root: str | os.PathLike, dataset: str, split: str) -> None:
