@@ -1,10 +1,10 @@
 """CIFAR's binary version: read as its page describes it; what is not of its form is refused."""
 
 import tarfile
-from io import BytesIO
 
 import numpy as np
 import pytest
+from archives import pack
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from wsbcn_d2.data import ClassificationDataError
@@ -38,16 +38,6 @@ def a_set(dataset, per_file=2):
         labels.append(own)
         images.append(pixels)
     return files, labels, images
-
-
-def pack(path, folder, files, **attributes):
-    with tarfile.open(path, "w:gz") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(f"{folder}/{name}")
-            info.size = len(content)
-            for key, value in attributes.items():
-                setattr(info, key, value)
-            tar.addfile(info, BytesIO(content))
 
 
 def write(root, dataset, files, as_archive):

@@ -4,11 +4,11 @@ import pickle
 import tarfile
 import urllib.request
 from hashlib import md5
-from io import BytesIO
 
 import numpy as np
 import pytest
 import torch
+from archives import pack
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from PIL import Image
@@ -53,11 +53,7 @@ def write_cifar(monkeypatch):
         monkeypatch.setattr(kind, "meta", meta)
         if as_archive:
             place = root / kind.filename
-            with tarfile.open(place, "w:gz") as tar:
-                for name, content in files.items():
-                    info = tarfile.TarInfo(f"{kind.base_folder}/{name}")
-                    info.size = len(content)
-                    tar.addfile(info, BytesIO(content))
+            pack(place, kind.base_folder, files)
             monkeypatch.setattr(kind, "tgz_md5", md5(place.read_bytes()).hexdigest())
         else:
             place = root / kind.base_folder

@@ -68,8 +68,10 @@ def _find_cifar(root: Path, dataset: str) -> Path:
     kinds = _CIFAR[dataset], BINARY[dataset]
     for kind in kinds:
         folder, archive = root / kind.base_folder, root / kind.filename
-        if folder.is_dir() or archive.is_file():
-            return folder if folder.is_dir() else archive
+        if folder.is_dir():
+            return folder
+        if archive.is_file():
+            return archive
     return root / kinds[0].base_folder
 
 
